@@ -1,0 +1,283 @@
+"""Configuration: a Python file of ml_collections in, frozen dataclasses out.
+
+An experiment file holds every value; nothing here has a default. An unknown or a missing key, and a
+value of the wrong type, is a `UserError` that names the key.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from safemoe_jax.errors import UserError
+
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base.
+
+    Attributes:
+      source: "smollm2-135m-instruct" (embedded), a Hugging Face directory, a .gguf file, or a hub
+        id that `safemoe fetch` brings.
+      param_dtype: how the frozen weights rest in memory.
+      compute_dtype: what activations and matmuls use; experts and router rest in float32.
+      remat: what the backward pass recomputes: "none", "dots" (keeps matmul outputs) or "full".
+    """
+
+    source: str
+    param_dtype: Literal["float32", "bfloat16"]
+    compute_dtype: Literal["float32", "bfloat16"]
+    remat: Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The corpora and how they become packed rows.
+
+    Attributes:
+      corpus: "pyrit" (embedded) or "jsonl" (the file or directory in `path`).
+      path: the JSON-lines file or directory of the "jsonl" corpus; empty otherwise.
+      domains: harm domains in order; one expert each. Rows of other domains are dropped, counted.
+      sequence_length: tokens in a packed row.
+      unsafe_min_score: mean human harm score in [0, 1] from which a row is `unsafe`.
+      safe_max_score: mean human harm score up to which a row is `safe`.
+      informative_min_characters: shortest safe answer that may enter the safe-informative set.
+    """
+
+    corpus: Literal["pyrit", "jsonl"]
+    path: str
+    domains: tuple[str, ...]
+    sequence_length: int
+    unsafe_min_score: float
+    safe_max_score: float
+    informative_min_characters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """LoRA experts: y = x W + (alpha / rank) * sum_e gates[e] (x A_e) B_e."""
+
+    targets: tuple[Target, ...]
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """The router's form; every axis is a choice, since the paper's full text is not public.
+
+    Attributes:
+      scope: "layer" (weights per layer) or "shared" (one set for all layers).
+      granularity: "token" (this token's hidden state) or "sequence" (running mean over the prompt).
+      activation: "softmax", "softmax_null" (one more slot that selects no expert), "sigmoid" or
+        "signed" (tanh: an expert can be subtracted).
+      top_k: experts kept per token, by magnitude of the gate; 0 keeps all.
+      temperature: divides the router's logits.
+    """
+
+    scope: Literal["layer", "shared"]
+    granularity: Literal["token", "sequence"]
+    activation: Literal["softmax", "softmax_null", "sigmoid", "signed"]
+    top_k: int
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW with linear warm-up and the named decay to zero."""
+
+    learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    b1: float
+    b2: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stage's loop.
+
+    Attributes:
+      steps: optimizer steps.
+      rows: packed rows a step draws from each stream; stage one has one stream per expert, stage
+        two has one.
+      accumulation: microbatches that a step is cut into.
+      validate_every: steps between validations; the best validated weights are what is kept.
+      save_every: steps between checkpoints.
+      keep: checkpoints kept.
+    """
+
+    steps: int
+    rows: int
+    accumulation: int
+    validate_every: int
+    save_every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices used."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is generated and how it is judged.
+
+    Attributes:
+      systems: systems compared, of "base", "safemoe", "uniform", "safe_lora".
+      prompts_per_domain: held-out prompts per domain; 0 takes all.
+      max_new_tokens: longest answer.
+      temperature: 0 decodes greedily.
+      top_p: nucleus kept when sampling.
+      batch_size: answers decoded at once.
+      demonstration: true marks a run that is too short to judge the claim; the report says so.
+    """
+
+    systems: tuple[str, ...]
+    prompts_per_domain: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    batch_size: int
+    demonstration: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    experts: AdamWConfig
+    router: AdamWConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfigs:
+    experts: TrainConfig
+    router: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    experts: ExpertsConfig
+    router: RouterConfig
+    optimizer: OptimizerConfig
+    train: TrainConfigs
+    mesh: MeshConfig
+    evaluation: EvaluationConfig
+
+
+def freeze(values: ConfigDict | dict[str, Any]) -> Config:
+    """Checks an experiment's values and freezes them.
+
+    Args:
+      values: the ConfigDict of an experiment file, overrides applied.
+
+    Raises:
+      UserError: on an unknown or missing key, a value of the wrong type, or values that contradict
+        each other.
+    """
+    plain = values.to_dict() if isinstance(values, ConfigDict) else values
+    config = _build(Config, plain, "config")
+    _check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The inverse of `freeze`, JSON-serializable."""
+    return dataclasses.asdict(config)
+
+
+def _build(kind: type, values: Any, path: str) -> Any:
+    """Builds the dataclass `kind` from a mapping, naming the full path of whatever is wrong."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is {values!r}; it must be a section with keys")
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(values) - set(hints)):
+        raise UserError(f"unknown key {path}.{unknown[0]}; known keys: {', '.join(hints)}")
+    if missing := sorted(set(hints) - set(values)):
+        raise UserError(f"missing key {path}.{missing[0]}; add it to the experiment file")
+    return kind(**{key: _value(hint, values[key], f"{path}.{key}") for key, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{path} is {value!r}; choose one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path} is {value!r}; it must be a tuple")
+        return tuple(_value(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        name = hint.__name__ if isinstance(hint, (type, types.GenericAlias)) else str(hint)
+        raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be a {name}")
+    return value
+
+
+def _check(config: Config) -> None:
+    """Rejects values that are well-typed and cannot work."""
+    positive = {
+        "data.sequence_length": config.data.sequence_length,
+        "experts.rank": config.experts.rank,
+        "router.temperature": config.router.temperature,
+        "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
+        "evaluation.batch_size": config.evaluation.batch_size,
+    }
+    for stage in ("experts", "router"):
+        train, optimizer = getattr(config.train, stage), getattr(config.optimizer, stage)
+        positive |= {
+            f"train.{stage}.{key}": getattr(train, key)
+            for key in ("steps", "rows", "accumulation", "validate_every", "save_every", "keep")
+        }
+        positive[f"optimizer.{stage}.clip_norm"] = optimizer.clip_norm
+        positive[f"optimizer.{stage}.learning_rate"] = optimizer.learning_rate
+    for axis in ("data", "fsdp", "tensor", "context"):
+        positive[f"mesh.{axis}"] = getattr(config.mesh, axis)
+    for key, value in positive.items():
+        if value <= 0:
+            raise UserError(f"config.{key} is {value}; it must be greater than 0")
+
+    domains, targets = config.data.domains, config.experts.targets
+    if not domains or len(set(domains)) != len(domains):
+        raise UserError(f"config.data.domains is {domains}; name each domain once, at least one")
+    if not targets or len(set(targets)) != len(targets):
+        raise UserError(f"config.experts.targets is {targets}; name each target once")
+    if not 0 <= config.router.top_k <= len(domains):
+        raise UserError(
+            f"config.router.top_k is {config.router.top_k}; with {len(domains)} experts it must be "
+            f"between 0 (all) and {len(domains)}"
+        )
+    if config.data.safe_max_score >= config.data.unsafe_min_score:
+        raise UserError(
+            f"config.data.safe_max_score is {config.data.safe_max_score}, not below "
+            f"unsafe_min_score {config.data.unsafe_min_score}; a row cannot be both"
+        )
+    if (config.data.corpus == "jsonl") != bool(config.data.path):
+        raise UserError(
+            f"config.data.path is {config.data.path!r} with corpus {config.data.corpus!r}; "
+            'set a path with corpus "jsonl" and only there'
+        )

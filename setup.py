@@ -1,0 +1,45 @@
+"""Packaging of SafeMoE-JAX; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="safemoe-jax",
+    version="0.1.0",
+    description="Dynamic safety routing over LoRA experts of unsafe knowledge, in JAX and Flax",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["safemoe_jax", "safemoe_jax.*"]),
+    package_data={"safemoe_jax": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js"]},
+    install_requires=[
+        # jax 0.11 and later need Python 3.12; pip takes the newest pair that this Python runs.
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "ml-collections>=1.1",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6",  # tensorflow-datasets needs it for a builder inside a package
+        "transformers>=5",  # tokenizers and chat templates only; no torch
+        "jinja2>=3.1",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "gguf>=0.17",
+        "huggingface_hub>=1",
+        "scikit-learn>=1.6",
+        "statsmodels>=0.14",
+        "plotly>=6",
+        "rich>=14",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        "test": ["pytest>=8", "ruff>=0.12"],
+        "parity": ["torch"],
+    },
+    entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},
+)
