@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Makes .venv, installs the test extra, checks lint and format, and runs the tests.
+#
+#   launch/test.sh [--parity] [PYTEST_OPTION...]
+#
+# --parity, or EXTRAS=parity, also installs torch (CPU): the model's numbers are then compared with
+# those of transformers itself instead of with the golden ones in tests/golden.
+set -Eeuo pipefail
+
+if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+
+# shellcheck source=launch/_venv.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
+
+if [[ "${1:-}" == --parity ]]; then
+  EXTRAS=parity
+  shift
+fi
+if [[ "${EXTRAS:-}" == parity ]]; then
+  # Pinned, so that a CPU wheel that PIP_FIND_LINKS or PIP_INDEX_URL offers is taken: a newer
+  # release from PyPI would win over it, and on Linux brings several GB of CUDA.
+  install test,parity "torch==2.13.0"
+else
+  install test
+fi
+
+cd "$ROOT"
+"$VENV/bin/python" -m ruff check
+"$VENV/bin/python" -m ruff format --check
+exec "$VENV/bin/python" -m pytest "$@"
