@@ -1,0 +1,62 @@
+"""Causal attention over a read-only cache and the new tokens, with grouped queries.
+
+Shape letters: B batch, T new tokens, C cache slots, N query heads, K key/value heads, G = N / K
+queries per key head, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, the "rotate half" form of the Hugging Face checkpoints.
+
+    Source: Su et al., RoFormer, arXiv 2104.09864, equation 34, with halves instead of pairs.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1H = positions_BT[..., None, None] * frequency_H[None, None, None]
+    cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask_BTT: jax.Array,
+    cached: tuple[jax.Array, jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """Softmax attention, scores in float32.
+
+    Args:
+      q_BTNH: queries of the new tokens.
+      k_BTKH: their keys.
+      v_BTKH: their values.
+      mask_BTT: true where new token t may see new token s.
+      cached: keys [B, C, K, H] and values [B, C, K, H] of earlier tokens, and which slots hold one,
+        [B, C]; or None.
+
+    Returns:
+      [B, T, N, H].
+    """
+    batch, length, heads, head_dim = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(batch, length, k_BTKH.shape[2], -1, head_dim) * head_dim**-0.5
+    scores = [_scores(q_BTKGH, k_BTKH, mask_BTT[:, None, None])]
+    if cached is not None:
+        past_k_BCKH, _, filled_BC = cached
+        scores.insert(0, _scores(q_BTKGH, past_k_BCKH, filled_BC[:, None, None, None]))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v_BTKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., -length:], v_BTKH)
+    if cached is not None:
+        past_v_BCKH = cached[1]
+        out_BTKGH += jnp.einsum("BKGTC,BCKH->BTKGH", weights[..., :-length], past_v_BCKH)
+    return out_BTKGH.reshape(batch, length, heads, head_dim)
+
+
+def _scores(q_BTKGH: jax.Array, k_BSKH: jax.Array, mask: jax.Array) -> jax.Array:
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
+    return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

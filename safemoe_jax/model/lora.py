@@ -1,0 +1,132 @@
+"""LoRA experts over a frozen projection, and the two forms of their mixture.
+
+    y = x W  +  scale * sum_e  gates[e] * (x A_e) B_e                                          (1)
+
+after "Dialectics of Alignment" (arXiv 2606.00686, of which the abstract alone is public: the form
+of the gates and of the mixing is our choice).
+
+Stage one trains experts: every row belongs to one expert, so each row gathers its own A and B and
+the cost does not grow with E. Stage two and inference mix: two dense matmuls of width E*R around
+one multiply by the gates. `tests/model/test_lora.py` holds the two forms equal.
+
+Shape letters: B batch, T tokens, D input width, O output width, E experts, R rank.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from safemoe_jax.config import ExpertsConfig
+
+
+@flax.struct.dataclass
+class OwnExpert:
+    """Stage one: row b passes through expert `ids_B[b]` alone, with gate 1."""
+
+    ids_B: jax.Array
+
+
+@flax.struct.dataclass
+class Gates:
+    """A given mixture: `gates_BTE` for each token, or `gates_E` for all of them."""
+
+    gates: jax.Array
+
+
+@flax.struct.dataclass
+class Routed:
+    """The router decides, layer by layer and token by token."""
+
+
+# `None` stands for the base alone.
+Routing = OwnExpert | Gates | Routed | None
+
+
+def gathered_mixture(
+    x_BTD: jax.Array, a_EDR: jax.Array, b_ERO: jax.Array, ids_B: jax.Array
+) -> jax.Array:
+    """(1) where row b has gate 1 for expert ids_B[b] and 0 for all others -> [B, T, O]."""
+    z_BTR = jnp.einsum("BTD,BDR->BTR", x_BTD, a_EDR[ids_B])
+    return jnp.einsum("BTR,BRO->BTO", z_BTR, b_ERO[ids_B])
+
+
+def dense_mixture(
+    x_BTD: jax.Array, a_EDR: jax.Array, b_ERO: jax.Array, gates_BTE: jax.Array
+) -> jax.Array:
+    """(1) for any gates -> [B, T, O]."""
+    z_BTER = jnp.einsum("BTD,EDR->BTER", x_BTD, a_EDR)
+    return jnp.einsum("BTER,ERO->BTO", z_BTER * gates_BTE[..., None], b_ERO)
+
+
+@jax.custom_vjp
+def frozen_dot(x_BTD: jax.Array, kernel_DO: jax.Array) -> jax.Array:
+    """x W in the type of x, for a W that is never trained.
+
+    A cast inside the layer scan would be kept for the backward pass, a full copy of the base; here
+    the backward pass repeats the cast, and no gradient of W exists.
+    """
+    return jnp.einsum("BTD,DO->BTO", x_BTD, kernel_DO.astype(x_BTD.dtype))
+
+
+def _frozen_dot_forward(x_BTD, kernel_DO):
+    return frozen_dot(x_BTD, kernel_DO), kernel_DO
+
+
+def _frozen_dot_backward(kernel_DO, grad_BTO):
+    return jnp.einsum("BTO,DO->BTD", grad_BTO, kernel_DO.astype(grad_BTO.dtype)), None
+
+
+frozen_dot.defvjp(_frozen_dot_forward, _frozen_dot_backward)
+
+
+class Projection(nn.Module):
+    """A frozen matmul [D, O] with E LoRA experts beside it, if its name is among the targets.
+
+    The base is in collection `params`, the experts in `experts`: A [E, D, R], drawn with variance
+    1 / D, and B [E, R, O], zero, so that an untrained expert changes nothing.
+    """
+
+    features: int
+    axes: tuple[str, str]  # logical names of D and O
+    experts: ExpertsConfig
+    num_experts: int
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, routing: OwnExpert | Gates | None) -> jax.Array:
+        in_axis, out_axis = self.axes
+        width = x_BTD.shape[-1]
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes)
+        kernel_DO = self.param("kernel", init, (width, self.features), self.param_dtype)
+        y_BTO = frozen_dot(x_BTD, kernel_DO)
+        if routing is None or self.name not in self.experts.targets:
+            return y_BTO
+
+        a_EDR = expert_leaf(
+            self,
+            "a",
+            nn.initializers.normal(width**-0.5),
+            (self.num_experts, width, self.experts.rank),
+            ("expert", in_axis, "rank"),
+        ).astype(x_BTD.dtype)
+        b_ERO = expert_leaf(
+            self,
+            "b",
+            nn.initializers.zeros,
+            (self.num_experts, self.experts.rank, self.features),
+            ("expert", "rank", out_axis),
+        ).astype(x_BTD.dtype)
+        if isinstance(routing, OwnExpert):
+            mixture_BTO = gathered_mixture(x_BTD, a_EDR, b_ERO, routing.ids_B)
+        else:
+            mixture_BTO = dense_mixture(x_BTD, a_EDR, b_ERO, routing.gates.astype(x_BTD.dtype))
+        return y_BTO + self.experts.scale * mixture_BTO
+
+
+def expert_leaf(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
+    """A float32 leaf of collection `experts`, with logical axis names."""
+    init = nn.with_logical_partitioning(init, axes)
+    return module.variable(
+        "experts", name, lambda: init(module.make_rng("experts"), shape, jnp.float32)
+    ).value
