@@ -1,0 +1,152 @@
+"""Conversations as tokens: the model's own chat template, and which tokens carry loss."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from safemoe_jax.errors import UserError
+
+Messages = Sequence[Mapping[str, str]]
+
+_PROBE: tuple[Messages, str] = (({"role": "user", "content": "One?"},), "Two.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One conversation with its answer.
+
+    Attributes:
+      tokens: int32 [n], prompt (generation prompt included), answer, end-of-turn token.
+      response_start: index of the answer's first token; from there on tokens carry loss.
+    """
+
+    tokens: np.ndarray
+    response_start: int
+
+
+class ChatFormat:
+    """A tokenizer's chat template, with the answer told apart from the prompt.
+
+    The answer's tokens are found by what the prompt alone encodes to, so that a template needs no
+    generation markers. What a template adds by itself, such as a default system prompt, stays: the
+    base was trained with it. White space round an answer is stripped, as many templates do.
+
+    Attributes:
+      end_of_turn: id of the token that closes an answer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Checks the template on a short conversation.
+
+        Args:
+          tokenizer: a `transformers` tokenizer.
+
+        Raises:
+          UserError: where there is no template, or its mask is empty or covers everything.
+        """
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an "
+                "instruction-tuned base, or add chat_template to its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.end_of_turn = int(self.encode(*_PROBE).tokens[-1])
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Token ids from which an answer to `messages` is generated."""
+        return self._tokenize([self._prompt_text(messages)])[0]
+
+    def encode(self, messages: Messages, response: str) -> Encoded:
+        """Encodes one conversation; see `encode_all`."""
+        return self.encode_all([(messages, response)])[0]
+
+    def encode_all(self, conversations: Sequence[tuple[Messages, str]]) -> list[Encoded]:
+        """Encodes conversations, in one call of the tokenizer.
+
+        Args:
+          conversations: (messages that end with a user turn, answer) pairs.
+
+        Raises:
+          UserError: where the template hides the answer or changes the prompt before it.
+        """
+        prompts = self._tokenize([self._prompt_text(messages) for messages, _ in conversations])
+        wholes = self._tokenize([self._whole_text(*pair) for pair in conversations])
+        return [self._split(*pair) for pair in zip(prompts, wholes, strict=True)]
+
+    def _prompt_text(self, messages: Messages) -> str:
+        return self._render(messages, add_generation_prompt=True)
+
+    def _whole_text(self, messages: Messages, response: str) -> str:
+        answer = {"role": "assistant", "content": response.strip()}
+        return self._render([*messages, answer], add_generation_prompt=False)
+
+    def _render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _split(self, prompt: list[int], whole: list[int]) -> Encoded:
+        if not prompt:
+            raise UserError(
+                "the chat template renders no prompt, so every token would carry loss; use a "
+                "template that writes the user's turn and the generation prompt"
+            )
+        if whole[: len(prompt)] != prompt:
+            same = next(
+                (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
+                len(whole),
+            )
+            raise UserError(
+                f"the chat template changes the prompt once an answer follows: of {len(prompt)} "
+                f"prompt tokens the first {same} agree; use a template whose prompt with "
+                "add_generation_prompt=True begins the whole conversation"
+            )
+        tokens = self._without_trailing_space(whole, len(prompt))
+        if len(tokens) == len(prompt):
+            raise UserError(
+                f"the chat template adds no answer after {len(prompt)} prompt tokens, so no token "
+                "would carry loss; use a template that writes the assistant's turn"
+            )
+        return Encoded(np.array(tokens, np.int32), len(prompt))
+
+    def _without_trailing_space(self, tokens: list[int], start: int) -> list[int]:
+        """Drops what a template writes after the end-of-turn token, such as a newline: the answer
+        has ended there, and nobody generates it."""
+        special = self.tokenizer.added_tokens_decoder
+        last = max((i for i in range(start, len(tokens)) if tokens[i] in special), default=None)
+        if last is None or self.tokenizer.decode(tokens[last + 1 :]).strip():
+            return tokens
+        return tokens[: last + 1]
+
+
+def colored(row: Mapping[str, np.ndarray], decode: Callable[[list[int]], str]) -> Text:
+    """A packed row as text: prompts dim, tokens that carry loss green, segments headed by their id.
+
+    Args:
+      row: one row of a batch, without the batch axis.
+      decode: token ids to text, the tokenizer's.
+    """
+    text = Text()
+    for segment, example in enumerate(row["example_ids_BS"], start=1):
+        (places,) = np.nonzero(row["segment_ids_BT"] == segment)
+        if not len(places):
+            break
+        text.append(f"\n[expert {row['expert_ids_B']}, example {example}]\n", style="bold cyan")
+        # The loss at t is that of predicting token t + 1, so the mask is shifted onto its token.
+        carries_loss = np.concatenate([[False], row["loss_mask_BT"][places][:-1] > 0])
+        for run, style in _runs(row["tokens_BT"][places], carries_loss):
+            text.append(decode(run), style=style)
+    return text
+
+
+def _runs(tokens: np.ndarray, carries_loss: np.ndarray) -> Iterable[tuple[list[int], str]]:
+    """Cuts tokens where the mask changes; whole runs decode right where one token may not."""
+    cuts = np.flatnonzero(np.diff(carries_loss)) + 1
+    for run, mask in zip(np.split(tokens, cuts), np.split(carries_loss, cuts), strict=True):
+        yield run.tolist(), "green" if mask[0] else "dim"

@@ -1,0 +1,290 @@
+"""From examples to batches: tokenize once, pack by the plan, shuffle and shard by Grain.
+
+Shape letters: B rows in the batch, T tokens in a row, S segments in a row.
+
+A batch is a dict of numpy arrays:
+  tokens_BT        int32    0 at padding
+  targets_BT       int32    the next token of the same segment; 0 at segment ends and padding
+  loss_mask_BT     float32  1 where targets_BT is a response token of the same segment
+  prompt_mask_BT   bool     true where tokens_BT belongs to its segment's prompt
+  positions_BT     int32    from 0 in each segment
+  segment_ids_BT   int32    from 1; 0 at padding
+  expert_ids_B     int32    the row's stream
+  example_ids_BS   int32    ids of the examples in the row's segments; -1 where there is none
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from safemoe_jax.data.chat import ChatFormat, Encoded
+from safemoe_jax.data.corpora import Example
+from safemoe_jax.data.packing import PackingPlan, plan
+from safemoe_jax.errors import UserError
+from safemoe_jax.progress import track
+
+Batch = dict[str, np.ndarray]
+
+_FORMAT = 1  # raise it when what is stored for the same examples changes
+_ENCODED_AT_ONCE = 256
+_ENDLESS = 2**62
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # counted in batches
+
+
+class Tokens(NamedTuple):
+    """Tokens of a packed corpus: those that carry loss, and all."""
+
+    loss: int
+    all: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedCorpus:
+    """Tokenized, packed examples: random access to rows; the tokens stay on disk.
+
+    Attributes:
+      streams: names in order; the stream index is the expert id.
+      sequence_length: T.
+      flat_tokens: int32, all examples' tokens one after the other, memory-mapped.
+      offsets: int64 [examples + 1], where each example's tokens begin.
+      response_starts: int32 [examples], where the answer begins within each example.
+      example_ids: int32 [examples].
+      plan: which examples share a row.
+      counts: examples, and how many lost a part of the response or of the prompt to fit a row.
+    """
+
+    streams: tuple[str, ...]
+    sequence_length: int
+    flat_tokens: np.ndarray
+    offsets: np.ndarray
+    response_starts: np.ndarray
+    example_ids: np.ndarray
+    plan: PackingPlan
+    counts: dict[str, int]
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.streams)
+
+    @property
+    def num_rows(self) -> int:
+        return self.plan.num_rows
+
+    @property
+    def tokens(self) -> Tokens:
+        lengths = np.diff(self.offsets)
+        return Tokens(int((lengths - self.response_starts).sum()), int(lengths.sum()))
+
+    def row(self, index: int) -> Batch:
+        """Row `index` with the keys of a batch, without the batch axis."""
+        row = self.empty_row()
+        row["expert_ids_B"] = self.plan.row_streams[index]
+        start = 0
+        for segment, item in enumerate(self.plan.row(index)):
+            tokens = self.flat_tokens[self.offsets[item] : self.offsets[item + 1]]
+            stop, response = start + len(tokens), start + self.response_starts[item]
+            row["tokens_BT"][start:stop] = tokens
+            row["targets_BT"][start : stop - 1] = tokens[1:]
+            row["loss_mask_BT"][response - 1 : stop - 1] = 1.0
+            row["prompt_mask_BT"][start:response] = True
+            row["positions_BT"][start:stop] = np.arange(len(tokens))
+            row["segment_ids_BT"][start:stop] = segment + 1
+            row["example_ids_BS"][segment] = self.example_ids[item]
+            start = stop
+        return row
+
+    def empty_row(self) -> Batch:
+        """A row of padding."""
+        length = self.sequence_length
+        return {
+            "tokens_BT": np.zeros(length, np.int32),
+            "targets_BT": np.zeros(length, np.int32),
+            "loss_mask_BT": np.zeros(length, np.float32),
+            "prompt_mask_BT": np.zeros(length, bool),
+            "positions_BT": np.zeros(length, np.int32),
+            "segment_ids_BT": np.zeros(length, np.int32),
+            "expert_ids_B": np.int32(0),
+            "example_ids_BS": np.full(self.plan.max_segments, -1, np.int32),
+        }
+
+
+def pack(
+    examples: Sequence[Example],
+    chat: ChatFormat,
+    sequence_length: int,
+    seed: int,
+    *,
+    streams: Sequence[str] | None,
+    directory: Path,
+) -> PackedCorpus:
+    """Tokenizes and packs `examples`, or reads what an equal earlier call stored.
+
+    An example longer than a row loses its response's end, down to half a row; then its prompt's
+    left.
+
+    Args:
+      examples: what to pack.
+      chat: how a conversation becomes tokens.
+      sequence_length: tokens in a row.
+      seed: of the packing order.
+      streams: the examples' domains, in the order of the experts; None makes one stream of all.
+      directory: where the tokens and the plan are kept.
+
+    Raises:
+      UserError: where there is no example, or the template does not fit (see `ChatFormat`).
+    """
+    if not examples:
+        raise UserError(
+            "there is no example to pack; check data.domains, the score thresholds and the split"
+        )
+    names = ("all",) if streams is None else tuple(streams)
+    stored = directory / f"packed-{_fingerprint(examples, chat, sequence_length, seed, streams)}"
+    if not stored.exists():
+        _build(stored, examples, chat, sequence_length, seed, streams)
+    with np.load(stored / "items.npz") as items:
+        return PackedCorpus(
+            streams=names,
+            sequence_length=sequence_length,
+            flat_tokens=np.load(stored / "tokens.npy", mmap_mode="r"),
+            plan=PackingPlan.load(stored / "plan.npz"),
+            counts=json.loads((stored / "counts.json").read_text()),
+            **items,
+        )
+
+
+def train_iterator(
+    packed: PackedCorpus, rows: int, seed: int, *, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches with `rows` rows of every stream: stream 0's rows, then stream 1's, ...
+
+    Each stream is reshuffled in every epoch of its own. The rows that a stream yields at step n
+    depend on the seed, its own name and n alone. The state (`get_state`, `set_state`) is one
+    number, the same on every process and for any number of processes.
+
+    Args:
+      packed: the corpus.
+      rows: rows of each stream in the global batch.
+      seed: of the shuffle.
+      process_index: which part of the global batch to yield.
+      process_count: parts of the global batch; concatenated in order they are the global batch.
+
+    Raises:
+      UserError: where a stream has no row, or the batch cannot be cut into equal parts.
+    """
+    batch_size = rows * packed.num_streams
+    if batch_size % process_count:
+        raise UserError(
+            f"{rows} rows of {packed.num_streams} streams make a batch of {batch_size}, which "
+            f"{process_count} processes cannot share; choose rows so that they divide it"
+        )
+    shuffled = [_shuffled(packed, stream, seed) for stream in range(packed.num_streams)]
+    local_size = batch_size // process_count
+
+    def row(index: int) -> Batch:
+        # ElasticIterator deals a batch out to processes like cards; taking the cards in this order
+        # gives each process one whole block of the batch.
+        step, card = divmod(index, batch_size)
+        place = card % process_count * local_size + card // process_count
+        stream, draw = divmod(place, rows)
+        return packed.row(shuffled[stream][step * rows + draw])
+
+    dataset = grain.MapDataset.range(_ENDLESS).map(row)
+    shard = grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count)
+    return iter(
+        grain.experimental.ElasticIterator(dataset, batch_size, shard, read_options=_READ_OPTIONS)
+    )
+
+
+def epoch(packed: PackedCorpus, batch_size: int) -> Iterator[Batch]:
+    """Batches that hold each row once, in order; rows of padding fill up the last one."""
+    for start in range(0, packed.num_rows, batch_size):
+        rows = [packed.row(i) for i in range(start, min(start + batch_size, packed.num_rows))]
+        rows += [packed.empty_row()] * (batch_size - len(rows))
+        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _shuffled(packed: PackedCorpus, stream: int, seed: int) -> grain.MapDataset:
+    """The rows of a stream, shuffled anew in every epoch, without end."""
+    name = packed.streams[stream]
+    rows = packed.plan.rows_of(stream)
+    if not len(rows):
+        raise UserError(
+            f"there is no training row of {name!r}; add examples of it or take it out of "
+            "data.domains"
+        )
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    stream_seed = int.from_bytes(digest[:4], "little")
+    return grain.MapDataset.source(rows).seed(stream_seed).shuffle().repeat()
+
+
+def _fingerprint(
+    examples: Sequence[Example],
+    chat: ChatFormat,
+    sequence_length: int,
+    seed: int,
+    streams: Sequence[str] | None,
+) -> str:
+    digest = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode())
+    settings = (_FORMAT, chat.tokenizer.chat_template, sequence_length, seed, streams)
+    digest.update(json.dumps(settings).encode())
+    for example in examples:
+        fields = (example.id, example.domain, example.messages, example.response)
+        digest.update(json.dumps(fields).encode())
+    return digest.hexdigest()[:16]
+
+
+def _build(
+    stored: Path,
+    examples: Sequence[Example],
+    chat: ChatFormat,
+    sequence_length: int,
+    seed: int,
+    streams: Sequence[str] | None,
+) -> None:
+    """Tokenizes, plans and stores; the directory appears only when it is whole."""
+    encoded: list[Encoded] = []
+    counts = {"examples": len(examples), "responses_cut": 0, "prompts_cut": 0}
+    blocks = range(0, len(examples), _ENCODED_AT_ONCE)
+    for start in track(blocks, total=len(blocks), description="tokenize"):
+        block = examples[start : start + _ENCODED_AT_ONCE]
+        for item in chat.encode_all([(e.messages, e.response) for e in block]):
+            encoded.append(_cut(item, sequence_length, counts))
+
+    lengths = np.array([len(item.tokens) for item in encoded])
+    stream_ids = [0 if streams is None else streams.index(e.domain) for e in examples]
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=stored.parent, prefix="packing-"))
+    try:
+        np.save(partial / "tokens.npy", np.concatenate([item.tokens for item in encoded]))
+        np.savez(
+            partial / "items.npz",
+            offsets=np.cumsum([0, *lengths], dtype=np.int64),
+            response_starts=np.array([item.response_start for item in encoded], np.int32),
+            example_ids=np.array([e.id for e in examples], np.int32),
+        )
+        plan(lengths, stream_ids, sequence_length, seed).save(partial / "plan.npz")
+        (partial / "counts.json").write_text(json.dumps(counts))
+        os.replace(partial, stored)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cut(item: Encoded, length: int, counts: dict[str, int]) -> Encoded:
+    """Fits an example into a row; the response keeps half a row where it has that much."""
+    prompt, response = item.tokens[: item.response_start], item.tokens[item.response_start :]
+    if len(item.tokens) <= length:
+        return item
+    kept = max(length - len(prompt), min(len(response), length // 2))
+    counts["responses_cut"] += kept < len(response)
+    counts["prompts_cut"] += len(prompt) > length - kept
+    prompt = prompt[max(len(prompt) - (length - kept), 0) :]
+    return Encoded(np.concatenate([prompt, response[:kept]]), len(prompt))
