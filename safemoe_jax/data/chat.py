@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 from rich.text import Text
 
@@ -84,9 +85,16 @@ class ChatFormat:
         return self._render([*messages, answer], add_generation_prompt=False)
 
     def _render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise UserError(
+                f"the chat template refuses turns {roles}: {error}; give the data the turns that "
+                "the base's template knows"
+            ) from error
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -1,10 +1,42 @@
-"""Corpora: labelled conversations."""
+"""Corpora: a source's rows, checked, grouped, split, and kept as ArrayRecord by TFDS.
 
+`load_corpus` surveys a source once (what is kept, what is dropped and why, each prompt's group and
+split), then a TFDS builder writes the kept rows. The builder config's name holds the sha256 of the
+source, the settings and the rules: TFDS would otherwise serve old rows for a changed source.
+"""
+
+import collections
+import contextlib
 import dataclasses
-from typing import Literal
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
 
-Label = Literal["unsafe", "safe"]
-Split = Literal["train", "validation", "judge", "test"]
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+
+from safemoe_jax.config import DataConfig
+from safemoe_jax.data import rules, splits
+from safemoe_jax.data.sources import (
+    JsonlSource,
+    Label,
+    PyritSource,
+    Reject,
+    Row,
+    Source,
+    pyrit_scores,
+    pyrit_tables,
+)
+from safemoe_jax.data.splits import Split
+from safemoe_jax.errors import UserError
+from safemoe_jax.progress import console
+
+_ROWS = "rows"  # the one TFDS split; what a row may be used for is a feature
+_FORMAT = 1  # raise it when what is stored for the same source and settings changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +51,7 @@ class Example:
       label: whether the answer is harmful.
       source: where the row comes from.
       split: what the row may be used for.
-      informative: a safe answer that is not a refusal and long enough to inform.
+      informative: a safe answer that is no refusal and long enough to inform (`rules`).
       group: near-duplicate prompts share it; a group lies in one split.
     """
 
@@ -36,3 +68,340 @@ class Example:
     @property
     def prompt(self) -> str:
         return self.messages[-1]["content"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Examples of the configured domains, in the order of their ids.
+
+    Attributes:
+      examples: all of them.
+      counts: "rows" read, "kept", "dropped" by reason.
+      fingerprint: of the source, the settings and the rules.
+      domains: harm domains, in the order of the experts.
+      source: where the rows came from.
+    """
+
+    examples: tuple[Example, ...]
+    counts: dict[str, Any]
+    fingerprint: str
+    domains: tuple[str, ...]
+    source: Source
+
+    def select(
+        self,
+        *,
+        label: Label | None = None,
+        splits: Collection[Split] | None = None,
+        domain: str | None = None,
+        informative: bool | None = None,
+    ) -> list[Example]:
+        """Examples that have all of the given values; None takes any."""
+        return [
+            example
+            for example in self.examples
+            if (label is None or example.label == label)
+            and (splits is None or example.split in splits)
+            and (domain is None or example.domain == domain)
+            and (informative is None or example.informative == informative)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeRow:
+    """A human-labelled answer for the judge: no model that it judges was trained on its prompt.
+
+    `harmful` and `refused` are None where nobody labelled it; rows of a `group` have near-duplicate
+    prompts.
+    """
+
+    prompt: str
+    response: str
+    harmful: bool | None
+    refused: bool | None
+    source: str
+    group: int
+
+
+def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
+    """Reads a corpus, built first where that has not been done for the same source and settings.
+
+    Rows that cannot be read are counted, and written to `data_dir`/rejects.jsonl with file, line
+    and reason. Rows that no model may train on (`rules.hazard`) are dropped and counted.
+
+    Args:
+      config: which corpus, domains and thresholds.
+      data_dir: where ArrayRecord files and rejects go; made readable by its owner alone.
+
+    Raises:
+      UserError: where no row is left, a domain has none, or a domain must not have an expert.
+    """
+    for domain in config.domains:
+        if reason := rules.hazardous_domain(domain):
+            raise UserError(
+                f"config.data.domains names {domain!r}: no expert is trained on it ({reason}); "
+                "take it out"
+            )
+    source: Source
+    if config.corpus == "pyrit":
+        source = PyritSource(config.unsafe_min_score, config.safe_max_score)
+    else:
+        source = JsonlSource(Path(config.path))
+    fingerprint = _fingerprint(config, source)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.chmod(0o700)
+    with _quiet():
+        builder = _BUILDERS[config.corpus](data_dir=data_dir, config=_config(fingerprint))
+        if not builder.is_prepared():
+            builder.survey = _survey(source, config, data_dir / "rejects.jsonl")
+            builder.download_and_prepare(file_format="array_record")
+        examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
+        counts = dict(builder.info.metadata)
+    return Corpus(
+        examples=tuple(sorted(examples, key=lambda example: example.id)),
+        counts=counts,
+        fingerprint=fingerprint,
+        domains=config.domains,
+        source=source,
+    )
+
+
+def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
+    """What a judge of this corpus' models may learn from.
+
+    That is the corpus' judge split, and the tables of PyRIT whose prompts are nowhere in the
+    corpus' source, near-duplicates counted: objective/ (was the harmful aim reached?) and
+    refusal_scorer/ (was it refused?), for another corpus than PyRIT's also harm/. An answer that
+    occurs in several tables is one row. `rules.hazard` applies here, too.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(prompt: str, response: str, source: str, **labels: bool) -> None:
+        row = rows.setdefault((prompt, response), {"source": source})
+        for key, value in labels.items():
+            row.setdefault(key, value)
+
+    for example in corpus.select(splits={"judge"}):
+        add(example.prompt, example.response, example.source, harmful=example.label == "unsafe")
+    own = {prompt for prompt, _ in rows}
+    for folder, key in (("objective", "harmful"), ("refusal_scorer", "refused")):
+        for name in pyrit_tables(folder):
+            for item in pyrit_scores(name):
+                if not isinstance(item, Reject):
+                    prompt, response, score = item
+                    add(prompt, response, f"pyrit {name}", **{key: score >= 0.5})
+    if not isinstance(corpus.source, PyritSource):
+        for row in PyritSource(unsafe_min_score=0.5, safe_max_score=0.25).rows():
+            if isinstance(row, Row) and row.label:
+                add(row.prompt, row.response, row.source, harmful=row.label == "unsafe")
+
+    seen = {rules.fold(row.prompt) for row in corpus.source.rows() if isinstance(row, Row)}
+    prompts = sorted(seen | {rules.fold(prompt) for prompt, _ in rows})
+    group_of = dict(zip(prompts, splits.group(prompts).tolist(), strict=True))
+    taken = {group_of[prompt] for prompt in seen}
+    return [
+        JudgeRow(
+            prompt=prompt,
+            response=response,
+            harmful=row.get("harmful"),
+            refused=row.get("refused"),
+            source=row["source"],
+            group=group_of[rules.fold(prompt)],
+        )
+        for (prompt, response), row in rows.items()
+        if (prompt in own or group_of[rules.fold(prompt)] not in taken)
+        and not rules.hazard(Path(row["source"]).stem, prompt, response)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Survey:
+    """What a first pass over a source found: all but the kept rows' text."""
+
+    source: Source
+    kept: frozenset[int]
+    groups: dict[str, int]
+    splits: dict[str, Split]
+    informative_min_characters: int
+    counts: dict[str, Any]
+
+
+class _CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Writes the rows that `survey` kept."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    survey: _Survey
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": np.int64,
+                    "messages": tfds.features.Text(doc="turns, as JSON"),
+                    "response": tfds.features.Text(),
+                    "domain": tfds.features.Text(),
+                    "label": tfds.features.Text(),
+                    "source": tfds.features.Text(),
+                    "split": tfds.features.Text(),
+                    "informative": np.bool_,
+                    "group": np.int64,
+                }
+            ),
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # the source has its bytes already
+        self.info.metadata.update(self.survey.counts)
+        return {_ROWS: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        survey = self.survey
+        rows = (row for row in survey.source.rows() if isinstance(row, Row))
+        for place, row in enumerate(rows):
+            if place not in survey.kept:
+                continue
+            prompt = rules.fold(row.prompt)
+            informative = row.label == "safe" and rules.is_informative(
+                row.response, survey.informative_min_characters
+            )
+            yield (
+                place,
+                {
+                    "id": place,
+                    "messages": json.dumps(row.messages),
+                    "response": row.response,
+                    "domain": row.domain,
+                    "label": row.label,
+                    "source": row.source,
+                    "split": survey.splits[prompt],
+                    "informative": informative,
+                    "group": survey.groups[prompt],
+                },
+            )
+
+
+class Pyrit(_CorpusBuilder):
+    """Human-scored answers from PyRIT's scorer evaluations (MIT)."""
+
+
+class Jsonl(_CorpusBuilder):
+    """Labelled conversations from JSON lines."""
+
+
+_BUILDERS = {"pyrit": Pyrit, "jsonl": Jsonl}
+
+
+def _config(fingerprint: str) -> tfds.core.BuilderConfig:
+    return tfds.core.BuilderConfig(name=fingerprint, version=_CorpusBuilder.VERSION)
+
+
+def _fingerprint(config: DataConfig, source: Source) -> str:
+    settings = dataclasses.asdict(config)
+    del settings["path"], settings["sequence_length"]  # the bytes count; packing comes later
+    text = json.dumps([_FORMAT, settings, source.sha256, rules.version()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
+    """Reads the source once, keeping prompts, places and counts, but no answers."""
+    rejects: collections.Counter[str] = collections.Counter()
+    dropped: collections.Counter[str] = collections.Counter()
+    domains: collections.Counter[str] = collections.Counter()
+    prompts: dict[str, None] = {}
+    kept: set[int] = set()
+    digests: set[bytes] = set()
+    place = -1
+    with _private(rejects_path) as file:
+        for row in source.rows():
+            if isinstance(row, Reject):
+                rejects[row.reason] += 1
+                file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+                continue
+            place += 1
+            # Dropped rows' prompts are grouped, too: the splits do not depend on the settings.
+            prompts[rules.fold(row.prompt)] = None
+            if reason := _drop_reason(row, config.domains, digests):
+                dropped[reason] += 1
+            else:
+                kept.add(place)
+                domains[row.domain] += 1
+    reasons = {**{f"rejected: {key}": n for key, n in rejects.items()}, **dropped}
+    counts = {"rows": place + 1 + rejects.total(), "kept": len(kept), "dropped": reasons}
+    _check(counts, domains, config)
+    if rejects:
+        console.print(f"{rejects.total()} rows rejected; file, line and reason: {rejects_path}")
+    names = list(prompts)
+    groups = splits.group(names)
+    return _Survey(
+        source=source,
+        kept=frozenset(kept),
+        groups=dict(zip(names, groups.tolist(), strict=True)),
+        splits=dict(zip(names, splits.split_of(names, groups), strict=True)),
+        informative_min_characters=config.informative_min_characters,
+        counts=counts,
+    )
+
+
+def _drop_reason(row: Row, domains: tuple[str, ...], digests: set[bytes]) -> str | None:
+    """Why a readable row is not kept, or None; remembers the row in `digests`."""
+    texts = [message["content"] for message in row.messages]
+    if reason := rules.hazard(row.domain, *texts, row.response):
+        return reason
+    if row.label is None:
+        return "score between safe and unsafe"
+    if row.domain not in domains:
+        return "domain not configured"
+    key = json.dumps([row.domain, row.messages, row.response])
+    digest = hashlib.sha256(key.encode()).digest()
+    if digest in digests:
+        return "duplicate"
+    digests.add(digest)
+    return None
+
+
+def _check(counts: dict[str, Any], domains: collections.Counter[str], config: DataConfig) -> None:
+    """Refuses an empty corpus or domain before TFDS, whose message would not say why."""
+    if not counts["kept"]:
+        raise UserError(
+            f"the corpus {config.path or config.corpus!r} has {counts['rows']} rows and keeps "
+            f"none: {counts['dropped']}; correct the rows or data.domains"
+        )
+    if missing := [domain for domain in config.domains if domain not in domains]:
+        raise UserError(
+            f"config.data.domains names {missing[0]!r}, of which no row is kept; rows kept: "
+            f"{dict(domains)}; dropped: {counts['dropped']}; correct the rows or data.domains"
+        )
+
+
+def _example(row: dict[str, Any]) -> Example:
+    text = {key: value.decode() for key, value in row.items() if isinstance(value, bytes)}
+    return Example(
+        id=int(row["id"]),
+        informative=bool(row["informative"]),
+        group=int(row["group"]),
+        **{**text, "messages": tuple(json.loads(text["messages"]))},
+    )
+
+
+@contextlib.contextmanager
+def _private(path: Path) -> Iterator[Any]:
+    """Opens a new file that its owner alone may read."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS' progress bars and log lines off the terminal; errors still pass."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
