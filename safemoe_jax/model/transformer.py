@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         spec = self.spec
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         shape = (spec.vocab_size, spec.embed_dim)
-        embedding_VD = Table(init, shape, self.param_dtype, "embedding", name="embed")()
+        embedding_VD = Table("embedding", init, shape, self.param_dtype, name="embed")()
         x_BTD = embedding_VD[tokens_BT].astype(self.compute_dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
 
@@ -255,7 +255,7 @@ class Transformer(nn.Module):
         head_VD = embedding_VD
         if not spec.tie_embeddings:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
-            head_VD = Table(init, shape[::-1], self.param_dtype, "kernel", name="head")().T
+            head_VD = Table("kernel", init, shape[::-1], self.param_dtype, name="head")().T
         new = Cache(
             k,
             v,
@@ -288,14 +288,14 @@ class Transformer(nn.Module):
 class Table(nn.Module):
     """One named array of the base."""
 
-    init: Any
+    leaf: str
+    initializer: Any
     shape: tuple[int, int]
     dtype: jnp.dtype
-    leaf: str
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param(self.leaf, self.init, self.shape, self.dtype)
+        return self.param(self.leaf, self.initializer, self.shape, self.dtype)
 
 
 def extend(cache: Cache, new: Cache) -> Cache:
@@ -304,7 +304,7 @@ def extend(cache: Cache, new: Cache) -> Cache:
     Row b's new tokens go to slots length_B[b] and on; padding of the new tokens, at their right
     end, lands in slots that the next write overwrites.
     """
-    room = jax.vmap(
+    append = jax.vmap(
         lambda old_LCKH, new_LTKH, at: jax.lax.dynamic_update_slice_in_dim(
             old_LCKH, new_LTKH, at, axis=1
         ),
@@ -312,8 +312,8 @@ def extend(cache: Cache, new: Cache) -> Cache:
         out_axes=1,
     )
     return Cache(
-        k_LBCKH=room(cache.k_LBCKH, new.k_LBCKH, cache.length_B),
-        v_LBCKH=room(cache.v_LBCKH, new.v_LBCKH, cache.length_B),
+        k_LBCKH=append(cache.k_LBCKH, new.k_LBCKH, cache.length_B),
+        v_LBCKH=append(cache.v_LBCKH, new.v_LBCKH, cache.length_B),
         router_sum_LBS=new.router_sum_LBS,
         prompt_B=cache.prompt_B + new.prompt_B,
         length_B=cache.length_B + new.length_B,
