@@ -1,0 +1,138 @@
+"""Makes what the parity tests compare with; they also call it where torch is installed.
+
+Every value comes from `transformers` on torch, none from this package.
+
+    python tests/golden/make.py      # needs the extra `parity`; rewrites the files beside it
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+HERE = Path(__file__).parent
+
+# Small random models; each differs from the next in what a loader can get wrong.
+SMALL = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+    max_position_embeddings=64,
+)
+CASES = {
+    "gqa_tied": dict(tie_word_embeddings=True),
+    "untied_theta": dict(
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    ),
+    "wide_heads_sharded_bfloat16": dict(
+        head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=False, dtype="bfloat16"
+    ),
+}
+
+# As published for SmolLM2-135M-Instruct.
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=8192,
+    rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    tie_word_embeddings=True,
+)
+
+
+def directory_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
+    """float32 logits [T, V] of a model directory."""
+    return _logits(LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32), tokens)
+
+
+def gguf_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
+    """float32 logits [T, V] of the SmolLM2 GGUF file, read by transformers' own reader."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+    loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)
+    state = loaded["tensors"] | {"lm_head.weight": loaded["tensors"]["model.embed_tokens.weight"]}
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+    model.load_state_dict(state)
+    return _logits(model, tokens)
+
+
+def gguf_tokenizer(path: Path) -> Tokenizer:
+    """transformers' own conversion of the GGUF tokenizer, cut as the model was trained.
+
+    The conversion passes over the file's pre-tokenizer "smollm", which cuts digits one by one, and
+    so differs from the model's published tokenizer.json after a run of spaces ("x  1").
+    """
+    architecture, values, _ = get_gguf_tokenizer(str(path))
+    tokenizer, _ = convert_gguf_tokenizer(architecture, values)
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+    return tokenizer
+
+
+def _logits(model: LlamaForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model.eval()(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
+
+
+def _make_directory(directory: Path, seed: int, **changes) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    torch.manual_seed(seed)
+    config = LlamaConfig(**SMALL | changes)
+    model = LlamaForCausalLM(config).to(getattr(torch, changes.get("dtype", "float32")))
+    model.save_pretrained(directory, max_shard_size="8KB" if "sharded" in directory.name else "1GB")
+    (directory / "generation_config.json").unlink()
+
+    vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, config.vocab_size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|endoftext|>", chat_template="{{ messages }}"
+    ).save_pretrained(directory)
+
+    tokens = np.random.default_rng(seed).integers(config.vocab_size, size=24)
+    np.savez(directory / "golden.npz", tokens=tokens, logits=directory_logits(directory, tokens))
+
+
+def main() -> None:
+    from safemoe_jax.weights.base import fetch_base
+
+    path = fetch_base("smollm2-135m-instruct")
+    tokenizer = gguf_tokenizer(path)
+    texts = json.loads((HERE / "texts.json").read_text(encoding="utf-8"))
+    ids = [tokenizer.encode(text).ids for text in texts]
+    (HERE / "ids.json").write_text(json.dumps(ids) + "\n")
+
+    tokens = np.resize(np.concatenate(ids).astype(np.int32), 512)
+    logits = gguf_logits(path, tokens)
+    # Whole logits are 100 MB: every position, some columns, and a sum that sees all of them.
+    columns = np.random.default_rng(0).choice(logits.shape[-1], 48, replace=False)
+    np.savez(
+        HERE / "smollm2.npz",
+        tokens=tokens,
+        columns=columns,
+        logits=logits[:, columns],
+        logsumexp=np.logaddexp.reduce(logits, axis=-1),
+    )
+    for seed, (name, changes) in enumerate(CASES.items()):
+        _make_directory(HERE / name, seed, **changes)
+
+
+if __name__ == "__main__":
+    main()
