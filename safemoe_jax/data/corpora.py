@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -152,14 +153,15 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
     data_dir.chmod(0o700)
     with _quiet():
         builder = _BUILDERS[config.corpus](data_dir=data_dir, config=_config(fingerprint))
-        if not builder.is_prepared():
-            builder.survey = _survey(source, config, data_dir / "rejects.jsonl")
+        prepared = builder.is_prepared()
+    if not prepared:
+        builder.survey = _survey(source, config, data_dir / "rejects.jsonl")
+        with _quiet():
             builder.download_and_prepare(file_format="array_record")
-        examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
-        counts = dict(builder.info.metadata)
+    examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
     return Corpus(
         examples=tuple(sorted(examples, key=lambda example: example.id)),
-        counts=counts,
+        counts=dict(builder.info.metadata),
         fingerprint=fingerprint,
         domains=config.domains,
         source=source,
@@ -187,12 +189,18 @@ def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
     for folder, key in (("objective", "harmful"), ("refusal_scorer", "refused")):
         for name in pyrit_tables(folder):
             for item in pyrit_scores(name):
-                if not isinstance(item, Reject):
-                    prompt, response, score = item
+                if isinstance(item, Reject):
+                    continue
+                prompt, response, score = item
+                if not rules.hazard(Path(name).stem, prompt, response):
                     add(prompt, response, f"pyrit {name}", **{key: score >= 0.5})
     if not isinstance(corpus.source, PyritSource):
         for row in PyritSource(unsafe_min_score=0.5, safe_max_score=0.25).rows():
-            if isinstance(row, Row) and row.label:
+            if (
+                isinstance(row, Row)
+                and row.label
+                and not rules.hazard(row.domain, row.prompt, row.response)
+            ):
                 add(row.prompt, row.response, row.source, harmful=row.label == "unsafe")
 
     seen = {rules.fold(row.prompt) for row in corpus.source.rows() if isinstance(row, Row)}
@@ -209,8 +217,7 @@ def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
             group=group_of[rules.fold(prompt)],
         )
         for (prompt, response), row in rows.items()
-        if (prompt in own or group_of[rules.fold(prompt)] not in taken)
-        and not rules.hazard(Path(row["source"]).stem, prompt, response)
+        if prompt in own or group_of[rules.fold(prompt)] not in taken
     ]
 
 
@@ -397,11 +404,12 @@ def _private(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS' progress bars and log lines off the terminal; errors still pass."""
+    """Keeps TFDS' announcements, progress bars and log lines off the terminal."""
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     tfds.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         absl_logging.set_verbosity(verbosity)

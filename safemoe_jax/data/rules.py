@@ -84,13 +84,19 @@ _REFUSAL = re.compile(
     )\b""",
     re.VERBOSE,
 )
+_PLAIN = {0x2018: "'", 0x2019: "'"} | dict.fromkeys(range(0x2010, 0x2016), "-")
+_PLAIN |= dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF])
 _REFUSAL_WITHIN = 200  # characters; a refusal opens with it, an informing answer may say it later
 
 
 def fold(text: str) -> str:
-    """NFKC, lower case, white space folded, apostrophes straight: the form that rules read."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
-    return " ".join(text.split())
+    """NFKC, lower case, white space folded: two prompts that fold alike are one."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def _plain(text: str) -> str:
+    """Folds, with straight quotes and hyphens and nothing invisible: what the rules read."""
+    return fold(text.translate(_PLAIN))
 
 
 def hazardous_domain(domain: str) -> str | None:
@@ -112,7 +118,7 @@ def hazard(domain: str, *texts: str) -> str | None:
       texts: all of the row's turns.
     """
     named = hazardous_domain(domain)
-    text = fold("\n".join(texts))
+    text = _plain("\n".join(texts))
     if named == "minors_sexual" or _CHILD_ABUSE.search(text):
         return "minors_sexual"
     if _MINORS.search(text) and _SEXUAL.search(text):
@@ -126,12 +132,13 @@ def version() -> str:
     """The rules' text: what was built by other rules is built anew."""
     patterns = (_MINORS, _SEXUAL, _CHILD_ABUSE, _WEAPONS, _REFUSAL)
     domains = sorted(CHILD_ABUSE_DOMAINS | WEAPON_DOMAINS)
-    return "\n".join([*(pattern.pattern for pattern in patterns), *domains, str(_REFUSAL_WITHIN)])
+    settings = [*domains, str(_PLAIN), str(_REFUSAL_WITHIN)]
+    return "\n".join([*(pattern.pattern for pattern in patterns), *settings])
 
 
 def is_refusal(response: str) -> bool:
     """Whether an answer opens with a phrase of refusal; selects training rows, judges nothing."""
-    return bool(_REFUSAL.search(fold(response)[:_REFUSAL_WITHIN]))
+    return bool(_REFUSAL.search(_plain(response)[:_REFUSAL_WITHIN]))
 
 
 def is_informative(response: str, min_characters: int) -> bool:

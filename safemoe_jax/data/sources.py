@@ -123,16 +123,12 @@ def pyrit_scores(name: str) -> Iterator[tuple[str, str, float] | Reject]:
                 prompt, response = (cells[place].strip() for place in places)
                 scores = [float(cells[i]) for i in score_columns if cells[i].strip()]
             except (IndexError, ValueError):
-                yield Reject(
-                    name, above + table.line_num, "a cell is missing or a score is no number"
-                )
+                yield Reject(name, above + table.line_num, "a cell is missing or no number")
                 continue
             if prompt and response and scores:
                 yield prompt, response, sum(scores) / len(scores)
             else:
-                yield Reject(
-                    name, above + table.line_num, "the prompt, the answer or the score is empty"
-                )
+                yield Reject(name, above + table.line_num, "prompt, answer or score is empty")
 
 
 def pyrit_tables(folder: str) -> list[str]:

@@ -9,6 +9,8 @@ from datasketch import MinHash, MinHashLSH
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from safemoe_jax.progress import track
+
 Split = Literal["train", "validation", "judge", "test"]
 
 # Upper ends on the unit interval: models 70 % (a tenth of it validation), judge 10 %, test 20 %.
@@ -40,7 +42,10 @@ def group(prompts: Sequence[str]) -> np.ndarray:
     index = MinHashLSH(threshold=_SIMILARITY, num_perm=_PERMUTATIONS)
     pairs = []
     encoded = ([" ".join(shingle).encode() for shingle in sorted(each)] for each in shingles)
-    for new, sketch in enumerate(MinHash.generator(encoded, num_perm=_PERMUTATIONS)):
+    sketches = MinHash.generator(encoded, num_perm=_PERMUTATIONS)
+    for new, sketch in enumerate(
+        track(sketches, total=len(prompts), description="group near-duplicate prompts")
+    ):
         for old in sorted(index.query(sketch)):
             both = len(shingles[new] & shingles[old])
             if both >= _SIMILARITY * (len(shingles[new]) + len(shingles[old]) - both):

@@ -1,0 +1,88 @@
+import re
+
+import numpy as np
+import pytest
+
+from safemoe_jax.data.chat import ChatFormat, colored
+from safemoe_jax.data.pipeline import pack
+from safemoe_jax.errors import UserError
+
+MESSAGES = ({"role": "user", "content": "Why is the sky blue?"},)
+
+
+def test_only_the_answer_and_its_end_of_turn_carry_loss(tokenizer):
+    encoded = ChatFormat(tokenizer).encode(MESSAGES, "It scatters light.")
+    assert tokenizer.decode(encoded.tokens[encoded.response_start :]) == (
+        "It scatters light.<|im_end|>"
+    )
+    assert encoded.tokens.dtype == np.int32
+
+
+def test_prompt_is_what_generation_starts_from_with_the_default_system_prompt(tokenizer):
+    chat = ChatFormat(tokenizer)
+    prompt = chat.prompt_ids(MESSAGES)
+    encoded = chat.encode(MESSAGES, "It scatters light.")
+    assert encoded.tokens[: encoded.response_start].tolist() == prompt
+    assert tokenizer.decode(prompt) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy is the sky blue?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_earlier_answers_carry_no_loss(tokenizer):
+    turns = (*MESSAGES, {"role": "assistant", "content": "Light."}, *MESSAGES)
+    encoded = ChatFormat(tokenizer).encode(turns, "As I said.")
+    assert tokenizer.decode(encoded.tokens[encoded.response_start :]) == "As I said.<|im_end|>"
+
+
+def test_end_of_turn_is_the_token_that_closes_an_answer(tokenizer):
+    assert ChatFormat(tokenizer).end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_white_space_round_an_answer_is_stripped(tokenizer):
+    chat = ChatFormat(tokenizer)
+    padded, plain = chat.encode(MESSAGES, "\n Light. \n"), chat.encode(MESSAGES, "Light.")
+    assert padded.tokens.tolist() == plain.tokens.tolist()
+
+
+def test_many_encode_like_one(tokenizer):
+    chat = ChatFormat(tokenizer)
+    pairs = [(MESSAGES, "Light."), (({"role": "user", "content": "Hello"},), "Good day.")]
+    for pair, encoded in zip(pairs, chat.encode_all(pairs), strict=True):
+        assert encoded.tokens.tolist() == chat.encode(*pair).tokens.tolist()
+        assert encoded.response_start == chat.encode(*pair).response_start
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("", "no chat template"),
+        (
+            "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}",
+            "every token would carry loss",
+        ),
+        (
+            "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+            "no token would carry loss",
+        ),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "the first 0 agree",
+        ),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+    ],
+)
+def test_a_template_without_a_usable_mask_is_refused(tokenizer, template, message):
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        ChatFormat(tokenizer)
+
+
+def test_preview_is_green_where_the_loss_is(tokenizer, make_example, tmp_path):
+    examples = [make_example(3, "a", "Hello", "Bonjour à tous"), make_example(4, "a", "Bye", "Au")]
+    packed = pack(examples, ChatFormat(tokenizer), 256, 0, streams=None, directory=tmp_path)
+    text = colored(packed.row(0), tokenizer.decode)
+    green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
+    assert sorted(green) == ["Au<|im_end|>", "Bonjour à tous<|im_end|>"]
+    assert sorted(re.findall(r"example (\d)", text.plain)) == ["3", "4"]

@@ -1,0 +1,199 @@
+import json
+
+import numpy as np
+import pytest
+
+from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.data.pipeline import epoch, pack, train_iterator
+from safemoe_jax.errors import UserError
+
+DOMAINS = ("apples", "pears", "plums")
+LENGTH = 160
+
+
+@pytest.fixture
+def examples(make_example):
+    sizes = np.random.default_rng(0).integers(1, 40, (60, 2))
+    return [
+        make_example(10 + i, DOMAINS[i % 3], f"q{i} " + "q" * q, f"a{i} " + "a" * a)
+        for i, (q, a) in enumerate(sizes.tolist())
+    ]
+
+
+@pytest.fixture
+def packed(tokenizer, examples, tmp_path):
+    chat = ChatFormat(tokenizer)
+    return pack(examples, chat, LENGTH, 0, streams=DOMAINS, directory=tmp_path)
+
+
+def test_rows_hold_each_conversation_once_with_its_masks(tokenizer, examples, packed):
+    chat = ChatFormat(tokenizer)
+    by_id = {example.id: example for example in examples}
+    seen = []
+    for index in range(packed.num_rows):
+        row = packed.row(index)
+        ids = row["example_ids_BS"][row["example_ids_BS"] >= 0]
+        seen += ids.tolist()
+        for segment, example in enumerate((by_id[number] for number in ids), start=1):
+            assert packed.streams[row["expert_ids_B"]] == example.domain
+            (places,) = np.nonzero(row["segment_ids_BT"] == segment)
+            encoded = chat.encode(example.messages, example.response)
+            np.testing.assert_array_equal(np.diff(places), 1)
+            np.testing.assert_array_equal(row["tokens_BT"][places], encoded.tokens)
+            np.testing.assert_array_equal(row["targets_BT"][places], [*encoded.tokens[1:], 0])
+            inside = np.arange(len(encoded.tokens))
+            np.testing.assert_array_equal(row["positions_BT"][places], inside)
+            np.testing.assert_array_equal(
+                row["prompt_mask_BT"][places], inside < encoded.response_start
+            )
+            predicts = (inside + 1 >= encoded.response_start) & (inside < inside[-1])
+            np.testing.assert_array_equal(row["loss_mask_BT"][places], predicts)
+        padding = row["segment_ids_BT"] == 0
+        for key in ("tokens_BT", "targets_BT", "loss_mask_BT", "prompt_mask_BT", "positions_BT"):
+            assert not row[key][padding].any()
+    assert sorted(seen) == sorted(by_id)
+
+
+def test_packing_loses_no_loss_token(tokenizer, examples, packed):
+    chat = ChatFormat(tokenizer)
+    encoded = [chat.encode(example.messages, example.response) for example in examples]
+    unpacked = sum(len(item.tokens) - item.response_start for item in encoded)
+    assert sum(packed.row(i)["loss_mask_BT"].sum() for i in range(packed.num_rows)) == unpacked
+    assert packed.tokens == (unpacked, sum(len(item.tokens) for item in encoded))
+    assert packed.counts == {"examples": 60, "responses_cut": 0, "prompts_cut": 0}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "length", "kept", "counts"),
+    [
+        # The template's own tokens take 37 places of the prompt, the end of turn one of the answer.
+        (1, 200, 100, (38, 62), (1, 0)),
+        (80, 200, 100, (50, 50), (1, 1)),
+        (80, 9, 100, (90, 10), (0, 1)),
+    ],
+)
+def test_long_rows_lose_the_answers_end_then_the_prompts_left(
+    tokenizer, make_example, tmp_path, prompt, response, length, kept, counts
+):
+    chat = ChatFormat(tokenizer)
+    example = make_example(0, "apples", "q" * prompt, "a" * response)
+    packed = pack([example], chat, length, 0, streams=None, directory=tmp_path)
+    whole = chat.encode(example.messages, example.response)
+    row = packed.row(0)
+    start = whole.response_start
+    expected = whole.tokens[start - kept[0] : start + kept[1]]
+    np.testing.assert_array_equal(row["tokens_BT"], expected)
+    assert row["prompt_mask_BT"].sum() == kept[0]
+    assert row["loss_mask_BT"].sum() == kept[1]
+    assert (packed.counts["responses_cut"], packed.counts["prompts_cut"]) == counts
+
+
+def test_second_pack_reads_what_the_first_stored(tokenizer, examples, packed, tmp_path):
+    class Deaf(ChatFormat):
+        def encode_all(self, conversations):
+            assert len(conversations) == 1, "only the probe may be tokenized again"
+            return super().encode_all(conversations)
+
+    again = pack(examples, Deaf(tokenizer), LENGTH, 0, streams=DOMAINS, directory=tmp_path)
+    assert again.tokens == packed.tokens
+    assert isinstance(again.flat_tokens, np.memmap)
+    for index in range(packed.num_rows):
+        np.testing.assert_array_equal(again.row(index)["tokens_BT"], packed.row(index)["tokens_BT"])
+    pack(examples[1:], ChatFormat(tokenizer), LENGTH, 0, streams=DOMAINS, directory=tmp_path)
+    assert len(list(tmp_path.glob("packed-*"))) == 2
+    assert not list(tmp_path.glob("packing-*"))
+
+
+def test_batches_hold_equally_many_rows_of_every_stream_in_order(packed):
+    iterator = train_iterator(packed, 2, seed=0)
+    batch = next(iterator)
+    assert batch["expert_ids_B"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch["tokens_BT"].shape == (6, LENGTH)
+    assert {key: value.dtype.name for key, value in batch.items()} == {
+        "tokens_BT": "int32",
+        "targets_BT": "int32",
+        "loss_mask_BT": "float32",
+        "prompt_mask_BT": "bool",
+        "positions_BT": "int32",
+        "segment_ids_BT": "int32",
+        "expert_ids_B": "int32",
+        "example_ids_BS": "int32",
+    }
+
+
+def test_each_epoch_of_a_stream_holds_its_rows_once_in_a_new_order(packed):
+    rows = len(packed.plan.rows_of(1))
+    iterator = train_iterator(packed, 1, seed=0)
+    drawn = [tuple(next(iterator)["example_ids_BS"][1]) for _ in range(2 * rows)]
+    first, second = drawn[:rows], drawn[rows:]
+    assert len(set(first)) == rows and set(first) == set(second)
+    assert first != second
+
+
+def test_state_resumes_exactly_and_is_one_number(packed):
+    whole = train_iterator(packed, 2, seed=0)
+    for _ in range(7):
+        next(whole)
+    state = json.loads(json.dumps(whole.get_state()))
+    assert list(state.values()) == [42]
+    resumed = train_iterator(packed, 2, seed=0)
+    next(resumed)
+    resumed.set_state(state)
+    for _ in range(5):
+        expected, batch = next(whole), next(resumed)
+        for key, value in expected.items():
+            np.testing.assert_array_equal(batch[key], value)
+
+
+def test_processes_share_the_same_batches_and_the_same_state(packed):
+    alone = train_iterator(packed, 2, seed=0)
+    parts = [train_iterator(packed, 2, seed=0, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(4):
+        expected, batches = next(alone), [next(part) for part in parts]
+        for key, value in expected.items():
+            np.testing.assert_array_equal(np.concatenate([b[key] for b in batches]), value)
+    assert [part.get_state() for part in parts] == [alone.get_state()] * 2
+
+
+def test_rows_of_a_domain_do_not_depend_on_the_other_domains(tokenizer, examples, packed, tmp_path):
+    chat = ChatFormat(tokenizer)
+    pears = [example for example in examples if example.domain == "pears"]
+    alone = pack(pears, chat, LENGTH, 0, streams=("pears",), directory=tmp_path)
+    together, single = train_iterator(packed, 2, seed=0), train_iterator(alone, 2, seed=0)
+    for _ in range(20):
+        np.testing.assert_array_equal(next(together)["tokens_BT"][2:4], next(single)["tokens_BT"])
+
+
+def test_another_seed_draws_other_rows(packed):
+    first, other = (next(train_iterator(packed, 2, seed=seed)) for seed in (0, 1))
+    assert not np.array_equal(first["tokens_BT"], other["tokens_BT"])
+
+
+def test_epoch_holds_each_row_once_and_pads_the_last_batch(packed):
+    batches = list(epoch(packed, 8))
+    assert {batch["tokens_BT"].shape for batch in batches} == {(8, LENGTH)}
+    rows = np.concatenate([batch["tokens_BT"] for batch in batches])
+    for index in range(packed.num_rows):
+        np.testing.assert_array_equal(rows[index], packed.row(index)["tokens_BT"])
+    last = batches[-1]
+    filled = packed.num_rows % 8
+    assert filled and (last["example_ids_BS"][filled:] == -1).all()
+    assert not last["segment_ids_BT"][filled:].any() and not last["loss_mask_BT"][filled:].any()
+
+
+def test_one_stream_of_everything(tokenizer, examples, tmp_path):
+    chat = ChatFormat(tokenizer)
+    packed = pack(examples, chat, LENGTH, 0, streams=None, directory=tmp_path)
+    assert packed.num_streams == 1
+    assert next(train_iterator(packed, 3, seed=0))["expert_ids_B"].tolist() == [0, 0, 0]
+
+
+def test_mistakes_are_named(tokenizer, examples, packed, tmp_path):
+    chat = ChatFormat(tokenizer)
+    with pytest.raises(UserError, match="no example to pack"):
+        pack([], chat, LENGTH, 0, streams=DOMAINS, directory=tmp_path)
+    with pytest.raises(UserError, match="a batch of 3, which 2 processes cannot share"):
+        train_iterator(packed, 1, seed=0, process_count=2)
+    grown = pack(examples, chat, LENGTH, 0, streams=(*DOMAINS, "figs"), directory=tmp_path)
+    with pytest.raises(UserError, match="no training row of 'figs'"):
+        train_iterator(grown, 1, seed=0)
