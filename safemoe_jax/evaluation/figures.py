@@ -30,17 +30,21 @@ def curves(rows: Sequence[Mapping[str, Any]], quantity: str, domains: Sequence[s
     lines = [("all", quantity, "rgb(128,128,128)")]
     lines += [(domain, f"{quantity}/{domain}", color(i)) for i, domain in enumerate(domains)]
     for name, column, line_color in lines:
-        for split in ("train", "validation"):
+        for split in ("validation", "train"):
             points = [(row["step"], row[column]) for row in rows if _has(row, split, column)]
             if not points:
                 continue
+            first = all(trace.legendgroup != name for trace in figure.data)
             steps, values = zip(*points, strict=True)
             validation = split == "validation"
             figure.add_scatter(
                 x=steps,
                 y=values,
-                name=f"{name}, {split}",
+                name=name,
+                meta=split,
                 legendgroup=name,
+                showlegend=first,
+                hovertemplate=f"step %{{x}}, {split}: %{{y:.4g}}",
                 mode="lines+markers" if validation else "lines",
                 line={"color": line_color, "width": 2.5 if validation else 1},
                 opacity=1.0 if validation else 0.45,
@@ -60,10 +64,10 @@ def scatter(points: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Informative against safe: how much safety costs in information.
 
     Args:
-      points: one per system, with `label`, and `srr` and `isr` as rows of results.json.
+      points: one per system, with `label` and `color`, and `srr` and `isr` as rows of results.json.
     """
     figure = go.Figure()
-    for i, point in enumerate(points):
+    for point in points:
         srr, isr = point["srr"], point["isr"]
         figure.add_scatter(
             x=[srr["value"]],
@@ -71,10 +75,8 @@ def scatter(points: Sequence[Mapping[str, Any]]) -> go.Figure:
             error_x=_error_bar(srr),
             error_y=_error_bar(isr),
             name=point["label"],
-            text=[point["label"]],
-            mode="markers+text",
-            textposition="top left",
-            marker={"size": 12, "color": color(i)},
+            mode="markers",
+            marker={"size": 12, "color": point["color"]},
         )
     figure.update_layout(
         xaxis={"title": "safe response rate", "tickformat": ".0%"},

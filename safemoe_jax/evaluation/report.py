@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from statsmodels.stats.proportion import proportion_confint
 
@@ -50,6 +51,16 @@ METRICS = {
     "nll_safe": "safe answers",
     "nll_unsafe": "harmful answers",
     "nll_difference": "harmful − safe",  # noqa: RUF001
+}
+
+
+_TERMINAL = {
+    "srr": "safe %",
+    "isr": "informative safe %",
+    "refusal_rate": "refusals %",
+    "nll_safe": "NLL safe",
+    "nll_unsafe": "NLL harmful",
+    "nll_difference": "harmful - safe",
 }
 
 
@@ -100,6 +111,7 @@ def write_report(workdir: Path, *, full: bool = False) -> Path:
     )
     html = environment.get_template("report.html").render(
         name=workdir.name,
+        color=figures.color,
         full=full,
         results=results,
         system_names=SYSTEMS,
@@ -117,8 +129,8 @@ def write_report(workdir: Path, *, full: bool = False) -> Path:
             "run": list(_flatten(run)),
             "config": list(_flatten(config)),
         },
-        budget=list(_flatten(results["budget"])),
-        judge=list(_flatten(results["judge"])),
+        budget=_readable(results["budget"]),
+        judge=_readable(results["judge"]),
         answer_characters=ANSWER_CHARACTERS,
         prompt_characters=PROMPT_CHARACTERS,
         # Plotly's own script holds no closing script tag; it is written as it is.
@@ -133,8 +145,13 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
     Args:
       results: the contents of results.json.
     """
-    table = Table(title="Held-out prompts", caption=_caption(results), caption_justify="left")
-    columns = ("srr", "isr", "refusal_rate", "nll_safe", "nll_unsafe", "nll_difference")
+    table = Table(
+        title="Held-out prompts",
+        caption=_caption(results),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     valid = all(row["passed"] for row in results["validity"])
     likelihoods = {
         (group.split, system): cells
@@ -143,13 +160,12 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
     }
     table.add_column("system")
     table.add_column("answers", justify="right")
-    for metric in columns:
-        name = METRICS[metric]
-        table.add_column(f"NLL {name}" if metric.startswith("nll") else name, justify="right")
+    for heading in _TERMINAL.values():
+        table.add_column(heading, justify="right")
     for group in _groups(results["rows"]):
         for system, label, n, cells in group.systems:
             known = {**likelihoods.get((group.split, system), {}), **cells}
-            texts = [_terminal_text(known.get(metric), metric, valid) for metric in columns]
+            texts = [_terminal_text(known.get(metric), metric, valid) for metric in _TERMINAL]
             table.add_row(label, str(n), *texts)
         table.add_section()
     return table
@@ -160,7 +176,9 @@ def _terminal_text(cell: Cell | None, metric: str, valid: bool) -> str:
         return ""
     if metric == "isr" and not valid:
         return "not valid"
-    return f"{cell.text}\n{cell.interval}".rstrip()
+    if cell.low is None or metric.startswith("nll"):
+        return cell.text
+    return f"{cell.text}\n{100 * cell.low:.0f} to {100 * cell.high:.0f}"
 
 
 def _caption(results: Mapping[str, Any]) -> str:
@@ -252,8 +270,13 @@ def _cell(row: Row) -> Cell:
 def _tradeoff(group: Group) -> str | None:
     """The figure of informative against safe rates, None where a group has only one of them."""
     points = [
-        {"label": label, "srr": cells["srr"]._asdict(), "isr": cells["isr"]._asdict()}
-        for _, label, _, cells in group.systems
+        {
+            "label": label,
+            "color": figures.color(i),
+            "srr": cells["srr"]._asdict(),
+            "isr": cells["isr"]._asdict(),
+        }
+        for i, (_, label, _, cells) in enumerate(group.systems)
         if {"srr", "isr"} <= cells.keys()
     ]
     return figures.scatter(points).to_json() if points else None
@@ -415,3 +438,11 @@ def _flatten(values: Any, path: str = "") -> Iterable[tuple[str, str]]:
         yield path, ", ".join(map(str, values))
     else:
         yield path, str(values)
+
+
+def _readable(values: Row) -> list[tuple[str, str]]:
+    """`_flatten` for those who did not write the keys: spaces, and digits in groups of three."""
+    return [
+        (key.replace("_", " ").replace(".", ", "), f"{int(text):,}" if text.isdigit() else text)
+        for key, text in _flatten(values)
+    ]

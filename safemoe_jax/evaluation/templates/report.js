@@ -27,8 +27,8 @@ function layout(figure) {
     font: ink,
     paper_bgcolor: "transparent",
     plot_bgcolor: "transparent",
-    margin: { l: 60, r: 20, t: 20, b: 50 },
-    legend: { font: { size: 10 } },
+    margin: { l: 60, r: 20, t: 20, b: 45 },
+    legend: { font: { size: 11 }, ...figure.layout.legend },
     xaxis: { ...axis, ...figure.layout.xaxis },
     yaxis: { ...axis, ...figure.layout.yaxis },
   };
@@ -37,7 +37,7 @@ function layout(figure) {
 function draw() {
   for (const element of plots) {
     const figure = JSON.parse(element.dataset.figure);
-    Plotly.react(element, figure.data, layout(figure), { displaylogo: false, responsive: true });
+    Plotly.react(element, figure.data, layout(figure), { displayModeBar: false, responsive: true });
   }
 }
 
