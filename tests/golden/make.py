@@ -63,12 +63,13 @@ def directory_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
 
 def gguf_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     """float32 logits [T, V] of the SmolLM2 GGUF file, read by transformers' own reader."""
+    config = LlamaConfig(**SMOLLM2)
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
-    loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)
-    state = loaded["tensors"] | {"lm_head.weight": loaded["tensors"]["model.embed_tokens.weight"]}
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
-    model.load_state_dict(state)
+        names = LlamaForCausalLM(config)
+    state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=names)["tensors"]
+    model = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32
+    )
     return _logits(model, tokens)
 
 
@@ -128,7 +129,7 @@ def main() -> None:
         tokens=tokens,
         columns=columns,
         logits=logits[:, columns],
-        logsumexp=np.logaddexp.reduce(logits, axis=-1),
+        logsumexp=torch.logsumexp(torch.from_numpy(logits), dim=-1).numpy(),
     )
     for seed, (name, changes) in enumerate(CASES.items()):
         _make_directory(HERE / name, seed, **changes)

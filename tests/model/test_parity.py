@@ -1,4 +1,4 @@
-"""Logits against `transformers`: its golden values always, the library itself where torch is there."""
+"""Logits against `transformers`: golden values always, the library itself where torch is there."""
 
 import importlib.util
 import runpy
@@ -59,9 +59,8 @@ def test_smollm2_over_512_tokens():
     assert golden["tokens"].shape == (512,)
     found = base_logits("smollm2-135m-instruct", golden["tokens"])
     np.testing.assert_allclose(found[:, golden["columns"]], golden["logits"], rtol=0, atol=2e-3)
-    total = np.logaddexp.reduce(found, axis=-1)
+    total = jax.nn.logsumexp(found, axis=-1)
     np.testing.assert_allclose(total, golden["logsumexp"], rtol=0, atol=2e-3)
     if HAS_TORCH:
         expected = live("gguf_logits", fetch_base("smollm2-135m-instruct"), golden["tokens"])
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
-        print(f"max abs diff {np.abs(found - expected).max():.2e}")
+        assert np.abs(found - expected).max() <= 2e-3
