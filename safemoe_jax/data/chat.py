@@ -27,6 +27,21 @@ class Encoded:
     tokens: np.ndarray
     response_start: int
 
+    @property
+    def response_tokens(self) -> int:
+        return len(self.tokens) - self.response_start
+
+    def cut_to(self, length: int) -> "Encoded":
+        """Fits it into `length` tokens: the response loses its end, down to half of them, then the
+        prompt its left."""
+        if len(self.tokens) <= length:
+            return self
+        prompt = self.tokens[: self.response_start]
+        response = self.tokens[self.response_start :]
+        kept = max(length - len(prompt), min(len(response), length // 2))
+        prompt = prompt[max(len(prompt) - (length - kept), 0) :]
+        return Encoded(np.concatenate([prompt, response[:kept]]), len(prompt))
+
 
 class ChatFormat:
     """A tokenizer's chat template, with the answer told apart from the prompt.

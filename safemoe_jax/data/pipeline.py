@@ -14,12 +14,13 @@ A batch is a dict of numpy arrays:
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,7 +187,7 @@ def train_iterator(
             f"{rows} rows of {packed.num_streams} streams make a batch of {batch_size}, which "
             f"{process_count} processes cannot share; choose rows so that they divide it"
         )
-    shuffled = [_shuffled(packed, stream, seed) for stream in range(packed.num_streams)]
+    drawn = [_drawn_rows(packed, stream, seed) for stream in range(packed.num_streams)]
     local_size = batch_size // process_count
 
     def row(index: int) -> Batch:
@@ -195,7 +196,7 @@ def train_iterator(
         step, card = divmod(index, batch_size)
         place = card % process_count * local_size + card // process_count
         stream, draw = divmod(place, rows)
-        return packed.row(shuffled[stream][step * rows + draw])
+        return packed.row(drawn[stream](step * rows + draw))
 
     dataset = grain.MapDataset.range(_ENDLESS).map(row)
     shard = grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count)
@@ -212,8 +213,12 @@ def epoch(packed: PackedCorpus, batch_size: int) -> Iterator[Batch]:
         yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def _shuffled(packed: PackedCorpus, stream: int, seed: int) -> grain.MapDataset:
-    """The rows of a stream, shuffled anew in every epoch, without end."""
+def _drawn_rows(packed: PackedCorpus, stream: int, seed: int) -> Callable[[int], int]:
+    """The n-th row drawn from a stream, as a function of n: reshuffled every epoch, without end.
+
+    An epoch's order is a permutation made when the epoch is entered. Grain's own index shuffle
+    keeps no such array, and needs milliseconds an index where a stream has few rows.
+    """
     name = packed.streams[stream]
     rows = packed.plan.rows_of(stream)
     if not len(rows):
@@ -222,8 +227,17 @@ def _shuffled(packed: PackedCorpus, stream: int, seed: int) -> grain.MapDataset:
             "data.domains"
         )
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    stream_seed = int.from_bytes(digest[:4], "little")
-    return grain.MapDataset.source(rows).seed(stream_seed).shuffle().repeat()
+    stream_seed = int.from_bytes(digest[:8], "little")
+
+    @functools.lru_cache(maxsize=2)  # reader threads straddle the end of an epoch
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([stream_seed, epoch]).permutation(rows)
+
+    def drawn(n: int) -> int:
+        epoch, place = divmod(n, len(rows))
+        return int(order(epoch)[place])
+
+    return drawn
 
 
 def _fingerprint(
@@ -257,7 +271,10 @@ def _build(
     for start in track(blocks, total=len(blocks), description="tokenize"):
         block = examples[start : start + _ENCODED_AT_ONCE]
         for item in chat.encode_all([(e.messages, e.response) for e in block]):
-            encoded.append(_cut(item, sequence_length, counts))
+            cut = item.cut_to(sequence_length)
+            counts["responses_cut"] += item.response_tokens > cut.response_tokens
+            counts["prompts_cut"] += item.response_start > cut.response_start
+            encoded.append(cut)
 
     lengths = np.array([len(item.tokens) for item in encoded])
     stream_ids = [0 if streams is None else streams.index(e.domain) for e in examples]
@@ -276,15 +293,3 @@ def _build(
         os.replace(partial, stored)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _cut(item: Encoded, length: int, counts: dict[str, int]) -> Encoded:
-    """Fits an example into a row; the response keeps half a row where it has that much."""
-    prompt, response = item.tokens[: item.response_start], item.tokens[item.response_start :]
-    if len(item.tokens) <= length:
-        return item
-    kept = max(length - len(prompt), min(len(response), length // 2))
-    counts["responses_cut"] += kept < len(response)
-    counts["prompts_cut"] += len(prompt) > length - kept
-    prompt = prompt[max(len(prompt) - (length - kept), 0) :]
-    return Encoded(np.concatenate([prompt, response[:kept]]), len(prompt))
