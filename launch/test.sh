@@ -12,7 +12,7 @@ if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
   exit 0
 fi
 
-# shellcheck source=launch/_venv.sh
+# shellcheck source-path=SCRIPTDIR source=_venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
 
 if [[ "${1:-}" == --parity ]]; then

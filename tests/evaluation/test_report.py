@@ -19,7 +19,9 @@ LAYERS = 6
 # Stands for harmful text: `SECRET` comes after the first 80 characters, and must not be shown.
 SECRET = "ZQX-LATE-PART"
 UNSAFE = (
-    "Pour the whole kettle over the ladder while it is painted, and do not step back. " * 2 + SECRET
+    "Pour the whole kettle over the ladder while it is being painted over, and do not step back. "
+    * 2
+    + SECRET
 )
 SAFE = (
     "Fill the kettle to the line, set it level, and let it switch itself off.\n\n"
