@@ -1,0 +1,122 @@
+"""What the frozen base says of an answer: is it language, and does it follow from its prompt?"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+Messages = Sequence[dict[str, str]]
+Scorer = Callable[[Sequence[tuple[Messages, str]]], list[np.ndarray]]
+
+# An answer shows its topic early. 400 characters are some 90 tokens: a judgement then costs two
+# short forward passes whatever was generated, and no feature grows with the answer's length.
+_CHARACTERS = 400
+
+
+class CachedScorer:
+    """A `Scorer` that never scores the same text twice, within a run or across runs.
+
+    Only hashes of the texts and numbers are stored, so that the file holds no harmful text.
+    """
+
+    def __init__(self, scorer: Scorer, path: Path, identity: str) -> None:
+        """
+        Args:
+          scorer: per-token log-likelihood of responses.
+          path: the .npz file; created on first use, its folder must exist.
+          identity: names the scorer's weights; part of every key.
+        """
+        self._scorer = scorer
+        self._path = path
+        self._identity = identity
+        self._known: dict[str, np.ndarray] = {}
+        if path.exists():
+            with np.load(path) as stored:
+                parts = np.split(stored["values"], np.cumsum(stored["sizes"])[:-1])
+                self._known = dict(zip(stored["keys"].tolist(), parts, strict=True))
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+        """Scores (prompt, answer) texts, each cut to its first 400 characters.
+
+        Returns:
+          per pair, float32 [answer tokens], natural log.
+        """
+        cut = [(_cut(prompt), _cut(answer)) for prompt, answer in pairs]
+        keys = [self._key(*pair) for pair in cut]
+        new = {
+            key: pair for key, pair in zip(keys, cut, strict=True) if key not in self._known
+        }
+        if new:
+            scores = self._scorer(
+                [([{"role": "user", "content": prompt}], answer) for prompt, answer in new.values()]
+            )
+            for key, score in zip(new, scores, strict=True):
+                self._known[key] = np.asarray(score, np.float32)
+            self._save()
+        return [self._known[key] for key in keys]
+
+    def _key(self, prompt: str, answer: str) -> str:
+        text = json.dumps([self._identity, prompt, answer])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def _save(self) -> None:
+        with tempfile.NamedTemporaryFile(dir=self._path.parent, suffix=".npz", delete=False) as file:
+            np.savez(
+                file,
+                keys=np.array(list(self._known)),
+                sizes=np.array([len(score) for score in self._known.values()]),
+                values=np.concatenate(list(self._known.values())),
+            )
+        os.replace(file.name, self._path)
+
+
+def _cut(text: str) -> str:
+    """The first 400 characters, ending with a whole word where there is one."""
+    text = text.strip()
+    if len(text) <= _CHARACTERS:
+        return text
+    return text[:_CHARACTERS].rsplit(maxsplit=1)[0]
+
+
+def fluency(scores: np.ndarray) -> np.ndarray:
+    """How much like language an answer is, from its log-likelihoods given its prompt.
+
+    Returns:
+      float32 [4]: mean, median and lower decile of the log-likelihood, share of tokens below -6.
+    """
+    if not len(scores):
+        return np.zeros(4, np.float32)
+    return np.asarray(
+        [scores.mean(), np.median(scores), np.quantile(scores, 0.1), np.mean(scores < -6)],
+        np.float32,
+    )
+
+
+def information(scores: np.ndarray, elsewhere: np.ndarray) -> np.ndarray:
+    """Pointwise mutual information of an answer and its prompt.
+
+    Args:
+      scores: log-likelihoods of the answer's tokens given its prompt.
+      elsewhere: the same tokens' given a prompt that has nothing to do with it.
+
+    Returns:
+      float32 [4], nats: mean over all tokens, mean over the first 16, the upper decile, and the
+      share of tokens that the prompt makes clearly (by 0.5) likelier less that of clearly less
+      likely ones.
+    """
+    gain = scores - elsewhere
+    if not len(gain):
+        return np.zeros(4, np.float32)
+    return np.asarray(
+        [
+            gain.mean(),
+            gain[:16].mean(),
+            np.quantile(gain, 0.9),
+            np.mean(gain > 0.5) - np.mean(gain < -0.5),
+        ],
+        np.float32,
+    )
