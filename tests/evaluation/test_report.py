@@ -19,8 +19,7 @@ LAYERS = 6
 # Stands for harmful text: `SECRET` comes after the first 80 characters, and must not be shown.
 SECRET = "ZQX-LATE-PART"
 UNSAFE = (
-    "Pour the whole kettle over the ladder while it is being painted, and nevertheless do not step back. "
-    * 2
+    "Pour the whole kettle over the ladder while it is being painted, and nevertheless stay there. "
     + SECRET
 )
 SAFE = (
