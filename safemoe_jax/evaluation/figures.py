@@ -19,7 +19,7 @@ def color(index: int) -> str:
 
 
 def curves(rows: Sequence[Mapping[str, Any]], quantity: str, domains: Sequence[str]) -> go.Figure:
-    """One stage's curves over its steps: all rows together, and each domain on its own.
+    """One stage's curves over its steps: each domain on its own, and the loss of all together.
 
     Args:
       rows: the stage's rows of metrics.jsonl.
@@ -27,7 +27,8 @@ def curves(rows: Sequence[Mapping[str, Any]], quantity: str, domains: Sequence[s
       domains: in the experts' order, which fixes their colours.
     """
     figure = go.Figure()
-    lines = [("all", quantity, "rgb(128,128,128)")]
+    # The mean over experts says something of a loss, and nothing of gates that may cancel.
+    lines = [("all", quantity, "rgb(128,128,128)")] if quantity == "loss" else []
     lines += [(domain, f"{quantity}/{domain}", color(i)) for i, domain in enumerate(domains)]
     for name, column, line_color in lines:
         for split in ("validation", "train"):

@@ -10,7 +10,7 @@ Shape letters: E experts, L layers.
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from statsmodels.stats.proportion import proportion_confint
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import figures
@@ -45,9 +44,9 @@ METRICS = {
     "srr": "safe response rate",
     "isr": "informative safe rate",
     "refusal_rate": "refusals",
-    "on_topic_rate": "on topic",
+    "off_topic_rate": "off topic",
     "degenerate_rate": "degenerate",
-    "finished_rate": "finished",
+    "harmful_rate": "judged unsafe",
     "nll_safe": "safe answers",
     "nll_unsafe": "harmful answers",
     "nll_difference": "harmful − safe",  # noqa: RUF001
@@ -75,7 +74,7 @@ class Cell(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One benchmark of one split: systems by metrics."""
+    """One benchmark of one split, which is "all" answers or a domain's: systems by metrics."""
 
     split: str
     benchmark: str
@@ -102,6 +101,10 @@ def write_report(workdir: Path, *, full: bool = False) -> Path:
     metrics = _json_lines(workdir / "metrics.jsonl")
     config, run = _json(workdir / "config.json"), _json(workdir / "run.json")
 
+    named = [*results["domains"], *(answer["domain"] for answer in answers)]
+    groups, by_domain = _split_by(set(named), _groups(results["rows"]))
+    likelihoods, likelihoods_by_domain = _split_by(set(named), _groups(results["nll"]))
+
     environment = Environment(
         loader=PackageLoader("safemoe_jax.evaluation", "templates"),
         autoescape=True,
@@ -117,11 +120,12 @@ def write_report(workdir: Path, *, full: bool = False) -> Path:
         system_names=SYSTEMS,
         metric_names=METRICS,
         failed=[row for row in results["validity"] if not row["passed"]],
-        groups=_groups(results["rows"]),
-        likelihoods=_groups(results["nll"]),
-        domain_table=_domain_table(answers, results["domains"]),
+        groups=groups,
+        by_domain=by_domain,
+        likelihoods=likelihoods,
+        likelihoods_by_domain=likelihoods_by_domain,
         stages=_stages(metrics, results["domains"]),
-        tradeoffs=[_tradeoff(group) for group in _groups(results["rows"])],
+        tradeoffs=[_tradeoff(group) for group in groups],
         prompts=_prompts(answers, full),
         gates=_gates(answers, results["domains"], config["router"]["activation"], full),
         provenance={
@@ -153,18 +157,16 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
         pad_edge=False,
     )
     valid = all(row["passed"] for row in results["validity"])
-    likelihoods = {
-        (group.split, system): cells
-        for group in _groups(results["nll"])
-        for system, _, _, cells in group.systems
-    }
+    groups, _ = _split_by(results["domains"], _groups(results["rows"]))
+    whole, _ = _split_by(results["domains"], _groups(results["nll"]))
+    likelihoods = {label: cells for group in whole for _, label, _, cells in group.systems}
     table.add_column("system")
     table.add_column("answers", justify="right")
     for heading in _TERMINAL.values():
         table.add_column(heading, justify="right")
-    for group in _groups(results["rows"]):
-        for system, label, n, cells in group.systems:
-            known = {**likelihoods.get((group.split, system), {}), **cells}
+    for group in groups:
+        for _, label, n, cells in group.systems:
+            known = {**likelihoods.get(label, {}), **cells}
             texts = [_terminal_text(known.get(metric), metric, valid) for metric in _TERMINAL]
             table.add_row(label, str(n), *texts)
         table.add_section()
@@ -250,6 +252,12 @@ def _groups(rows: Sequence[Row]) -> list[Group]:
     return groups
 
 
+def _split_by(domains: Container[str], groups: list[Group]) -> tuple[list[Group], list[Group]]:
+    """Parts groups over all answers from those of one domain."""
+    whole = [group for group in groups if group.split not in domains]
+    return whole, [group for group in groups if group.split in domains]
+
+
 def _label(system: str, seed: int, several_seeds: bool) -> str:
     name = SYSTEMS.get(system, system)
     return f"{name}, seed {seed}" if several_seeds else name
@@ -294,40 +302,6 @@ def _stages(metrics: Sequence[Row], domains: Sequence[str]) -> list[dict[str, An
             }
         )
     return stages
-
-
-def _domain_table(answers: Sequence[Row], domains: Sequence[str]) -> dict[str, Any]:
-    """Per domain and system the safe and the informative safe rate, with Wilson intervals."""
-    systems = list(dict.fromkeys(answer["system"] for answer in answers))
-    names = list(dict.fromkeys([*domains, *(answer["domain"] for answer in answers)]))
-    rows = []
-    for domain in names:
-        of_domain = [answer for answer in answers if answer["domain"] == domain]
-        by_system = {
-            system: [answer["verdict"] for answer in of_domain if answer["system"] == system]
-            for system in systems
-        }
-        if of_domain:
-            rows.append(
-                {
-                    "domain": domain,
-                    "n": max(map(len, by_system.values())),
-                    "srr": [_share(verdicts, "safe") for verdicts in by_system.values()],
-                    "isr": [
-                        _share(verdicts, "informative_safe") for verdicts in by_system.values()
-                    ],
-                }
-            )
-    return {"systems": systems, "rows": rows}
-
-
-def _share(verdicts: Sequence[Row], key: str) -> Cell | None:
-    if not verdicts:
-        return None
-    count = sum(bool(verdict[key]) for verdict in verdicts)
-    low, high = proportion_confint(count, len(verdicts), method="wilson")
-    value = count / len(verdicts)
-    return _cell({"metric": key, "value": value, "low": float(low), "high": float(high)})
 
 
 def _cut(text: str, characters: int) -> str:

@@ -32,9 +32,9 @@ PROMPT_SECRET = "ZQX-PROMPT-END"
 MARKUP = "<script>alert('x')</script>"
 
 
-def rate(system, metric, value, n=24):
+def rate(system, metric, value, n=24, split="all"):
     return {
-        "system": system, "seed": 0, "split": "test", "benchmark": "held-out prompts",
+        "system": system, "seed": 0, "split": split, "benchmark": "held_out",
         "metric": metric, "n": n, "value": value, "low": max(0.0, value - 0.15),
         "high": min(1.0, value + 0.13),
     }  # fmt: skip
@@ -60,6 +60,11 @@ def results(*, valid=True, demonstration=True):
             rate(system, "isr", 0.41 + 0.06 * i),
             rate(system, "refusal_rate", 0.1 + 0.02 * i),
         ]
+        for j, domain in enumerate(DOMAINS):
+            rows += [
+                rate(system, "srr", 0.5 + 0.1 * j, 8, domain),
+                rate(system, "isr", 0.31 + 0.1 * j, 8, domain),
+            ]
         safe, unsafe = 1.9 - 0.1 * i, 3.2 + rng.uniform(-0.1, 0.1)
         likelihoods += [
             nll(system, "nll_safe", safe),
@@ -87,7 +92,7 @@ def answer(system, number, *, safe, rng):
     if number == 1 and system == "base":
         response = f"Use {MARKUP} and a cloth."
     row = {
-        "system": system, "seed": 0, "benchmark": "held-out prompts", "prompt_id": str(number),
+        "system": system, "seed": 0, "benchmark": "held_out", "prompt_id": str(number),
         "domain": DOMAINS[number % 3],
         "messages": [{"role": "user", "content": PROMPT + PROMPT_SECRET}],
         "response": response, "sha256": hashlib.sha256(response.encode()).hexdigest(),
@@ -128,6 +133,7 @@ def metrics():
                 if stage == "experts":
                     row |= {f"loss/{d}": loss + 0.2 * i for i, d in enumerate(DOMAINS)}
                 if stage == "router":
+                    row |= {"gates": 0.0}
                     row |= {f"gates/{d}": 0.002 * step * (i - 1) for i, d in enumerate(DOMAINS)}
                 rows.append(row)
     return rows
@@ -250,11 +256,15 @@ def test_every_system_is_in_the_table_with_value_and_interval(html):
     assert rows[4].startswith("one LoRA on the safe set 24 79.0")
 
 
-def test_domain_table_counts_verdicts_with_wilson_intervals(html):
+def test_domains_stand_in_a_table_of_their_own(html):
     table = re.search(r'id="domains".*?</table>', html, re.DOTALL).group()
-    kettles = Page(re.search(r"<tr><th scope.*?</tr>", table, re.DOTALL).group()).words
-    # Prompts 0, 3, 6; base is unsafe on 0, and 3 is off topic. Wilson 95 % of 2/3 and 1/3.
-    assert kettles.startswith("kettles 3 66.7 20.8 to 93.9 33.3 6.1 to 79.2")
+    rows = [Page(row).words for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)]
+    assert rows[2].startswith("kettles 8 50.0 35.0 to 63.0 31.0 16.0 to 44.0 50.0")
+    assert rows[3].startswith("ladders 8 60.0 45.0 to 73.0 41.0 26.0 to 54.0 60.0")
+    assert len(rows) == 2 + len(DOMAINS)
+    headline = html[html.index('id="headline"') : html.index('id="validity"')]
+    assert headline.count('class="systems"') == 1
+    assert "kettles" not in headline
 
 
 def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
@@ -264,8 +274,11 @@ def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
     text = Page(headline).words
     assert Page(headline).cards() == {"srr": "card", "isr": "card void"}
     assert "“shuffled answers” scores 37.3 %; the bound is 5 %" in text
-    assert "41.0" not in text
+    assert not re.search(r"\b(41|47|53|59)\.0", text)
     assert "58.0" in text
+    domains = html[html.index('id="domains"') : html.index('id="curves"')]
+    assert "31.0" not in domains
+    assert "50.0" in domains
     assert "Safe against informative" not in text
 
 
@@ -300,6 +313,7 @@ def test_curves_hold_each_stage_split_and_domain(html):
     lines = [{(line.get("name"), line.get("meta")) for line in plot["data"]} for plot in figures]
     assert {(n, s) for n in ("all", *DOMAINS) for s in ("train", "validation")} in lines
     assert {("all", "train"), ("all", "validation")} in lines
+    assert {(n, s) for n in DOMAINS for s in ("train", "validation")} in lines
 
 
 def test_a_run_without_a_router_has_no_gates_section(workdir):
