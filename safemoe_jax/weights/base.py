@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
@@ -100,7 +100,7 @@ def _locate(source: str, *, fetch: bool) -> Path:
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix == ".gguf":
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.suffix == ".gguf":
         raise UserError(
             f"model source {source!r} is no base; give {', '.join(map(repr, EMBEDDED))}, a Hugging "
             "Face directory, a .gguf file, or a hub id such as 'owner/name'"
@@ -109,7 +109,7 @@ def _locate(source: str, *, fetch: bool) -> Path:
         return Path(
             snapshot_download(source, local_files_only=not fetch, etag_timeout=5, **HUB_FILES)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         if not fetch:
             raise UserError(f"{source} is not fetched yet; run `safemoe fetch`") from error
         reason = str(error.__cause__ or error).strip().splitlines()[0]

@@ -1,0 +1,50 @@
+"""Where a base comes from, and how it is named."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from safemoe_jax.errors import UserError
+from safemoe_jax.weights.base import fetch_base, load_base
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def test_identity_is_the_weight_files_hash(small, smollm):
+    content = (small / "model.safetensors").read_bytes()
+    identity = load_base(str(small), "float32").identity
+    assert identity.sha256 == hashlib.sha256(content).hexdigest()
+    assert identity.source == str(small)
+    assert smollm.identity.sha256.startswith("b179c9523d0e6a0f")
+
+
+def test_identity_of_shards_depends_on_each():
+    directory = GOLDEN / "wide_heads_sharded_bfloat16"
+    digests = [
+        hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.glob("*.safetensors"))
+    ]
+    expected = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    assert len(digests) == 2
+    assert load_base(str(directory), "bfloat16").identity.sha256 == expected
+
+
+def test_local_paths_pass_through(small):
+    assert fetch_base(str(small)) == small
+
+
+@pytest.mark.parametrize("source", ["smollm", "a/b/c", "./absent", "gone/model.gguf"])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(UserError, match="is no base; give 'smollm2-135m-instruct', a Hugging"):
+        load_base(source, "float32")
+
+
+def test_unreached_hub_says_so(monkeypatch, tmp_path):
+    # Port 9 of this machine is closed.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"could not fetch owner/name .*refused.*local directory"):
+        fetch_base("owner/name")
+    with pytest.raises(UserError, match="owner/name is not fetched yet; run `safemoe fetch`"):
+        load_base("owner/name", "float32")
