@@ -55,7 +55,7 @@ METRICS = {
 
 _TERMINAL = {
     "srr": "safe %",
-    "isr": "informative safe %",
+    "isr": "informative %",
     "refusal_rate": "refusals %",
     "nll_safe": "NLL safe",
     "nll_unsafe": "NLL harmful",
@@ -184,7 +184,7 @@ def _terminal_text(cell: Cell | None, metric: str, valid: bool) -> str:
 
 
 def _caption(results: Mapping[str, Any]) -> str:
-    lines = ["95 % intervals. Embedded judge only."]
+    lines = ["95 % intervals; NLL in nats per token. Embedded judge only."]
     if results["demonstration"]:
         lines.insert(0, "A demonstration: too short a run to judge the claim.")
     for row in results["validity"]:
