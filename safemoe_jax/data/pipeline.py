@@ -291,5 +291,8 @@ def _build(
         plan(lengths, stream_ids, sequence_length, seed).save(partial / "plan.npz")
         (partial / "counts.json").write_text(json.dumps(counts))
         os.replace(partial, stored)
+    except OSError:
+        if not stored.exists():  # else another process has stored the same meanwhile
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,8 +15,8 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, two special ones, and a template with a default system prompt."""
-    special = ["<|im_start|>", "<|im_end|>"]
+    """One token a byte, three special ones, and a template with a default system prompt."""
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]  # ids from 0, which is padding
     alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     model = models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[])
     backend = Tokenizer(model)
