@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """What norms, softmaxes and the router compute in: float32, or more where x has more."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding, the "rotate half" form of the Hugging Face checkpoints.
 
@@ -17,7 +22,7 @@ def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BT1H = positions_BT[..., None, None] * frequency_H[None, None, None]
     cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(at_least_float32(x_BTNH), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
@@ -57,6 +62,8 @@ def attention(
 
 
 def _scores(q_BTKGH: jax.Array, k_BSKH: jax.Array, mask: jax.Array) -> jax.Array:
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=at_least_float32(q_BTKGH).dtype
+    )
     # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
-    return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from safemoe_jax.config import RouterConfig
+from safemoe_jax.model.attention import at_least_float32
 
 
 def num_slots(config: RouterConfig, num_experts: int) -> int:
@@ -71,28 +72,36 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h_BTD: jax.Array, prefix_BTT: jax.Array, past_sum_BS: jax.Array, count_BT: jax.Array
+        self,
+        h_BTD: jax.Array,
+        prompt_mask_BT: jax.Array,
+        prefix_BTT: jax.Array,
+        past_sum_BS: jax.Array,
+        count_BT: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Computes gates.
 
         Args:
           h_BTD: the layer's first RMSNorm output.
+          prompt_mask_BT: 1.0 at prompt tokens.
           prefix_BTT: [b, t, s] is 1.0 where s is a prompt token, not after t, of t's segment.
           past_sum_BS: sum of logits over prompt tokens that are in the cache already.
           count_BT: prompt tokens up to t, those in the cache included.
 
         Returns:
-          gates [B, T, E] and the sum of logits over all prompt tokens up to the last one, [B, S].
+          gates [B, T, E], and the sum of logits over the row's prompt tokens, past ones included,
+          [B, S].
         """
         slots = num_slots(self.config, self.num_experts)
         kernel_DS = self._leaf("kernel", (h_BTD.shape[-1], slots), ("embed", "slot"))
         bias_S = self._leaf("bias", (slots,), ("slot",))
-        logits_BTS = jnp.einsum("BTD,DS->BTS", h_BTD.astype(jnp.float32), kernel_DS)
-        sum_BTS = jnp.einsum("Btr,BrS->BtS", prefix_BTT, logits_BTS) + past_sum_BS[:, None]
+        logits_BTS = jnp.einsum("BTD,DS->BTS", at_least_float32(h_BTD), kernel_DS)
+        sum_BS = past_sum_BS + jnp.einsum("BT,BTS->BS", prompt_mask_BT, logits_BTS)
         if self.config.granularity == "sequence":
+            sum_BTS = past_sum_BS[:, None] + jnp.einsum("BTs,BsS->BTS", prefix_BTT, logits_BTS)
             logits_BTS = sum_BTS / jnp.maximum(count_BT, 1.0)[..., None]
         logits_BTS += jnp.broadcast_to(bias_S, logits_BTS.shape)
-        return gates_from_logits(logits_BTS, self.config, self.num_experts), sum_BTS[:, -1]
+        return gates_from_logits(logits_BTS, self.config, self.num_experts), sum_BS
 
     def _leaf(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes)

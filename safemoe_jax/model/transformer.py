@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
-from safemoe_jax.model.attention import attention, rotary
+from safemoe_jax.model.attention import at_least_float32, attention, rotary
 from safemoe_jax.model.lora import Gates, Projection, Routed, Routing
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
@@ -68,7 +68,8 @@ class Output:
 def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Next-token logits [..., V] in float32 of hidden states [..., D]."""
     head_VD = head_VD.astype(hidden.dtype)
-    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
+    dtype = at_least_float32(hidden).dtype
+    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=dtype)
 
 
 class RMSNorm(nn.Module):
@@ -81,9 +82,9 @@ class RMSNorm(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale_D = self.param("scale", init, (x_BTD.shape[-1],), self.param_dtype)
-        x32 = x_BTD.astype(jnp.float32)
+        x32 = at_least_float32(x_BTD)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * scale_D.astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
+        return (x32 * scale_D.astype(x32.dtype)[None, None]).astype(x_BTD.dtype)
 
 
 @flax.struct.dataclass
@@ -92,6 +93,7 @@ class Context:
 
     positions_BT: jax.Array
     mask_BTT: jax.Array
+    prompt_mask_BT: jax.Array
     prefix_BTT: jax.Array
     prompt_count_BT: jax.Array
     filled_BC: jax.Array | None
@@ -155,7 +157,11 @@ class Block(nn.Module):
         if isinstance(routing, Routed):
             router = Router(self.router, self.num_experts, name="router")
             gates_BTE, sum_BS = router(
-                h_BTD, context.prefix_BTT, past_sum_BS, context.prompt_count_BT
+                h_BTD,
+                context.prompt_mask_BT,
+                context.prefix_BTT,
+                past_sum_BS,
+                context.prompt_count_BT,
             )
             routing = Gates(gates_BTE)
         elif isinstance(routing, Gates):
@@ -271,7 +277,8 @@ class Transformer(nn.Module):
         same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
         causal_TT = jnp.tril(jnp.ones((length, length), bool))
         mask_BTT = same_BTT & causal_TT[None] & (segment_ids_BT > 0)[:, None, :]
-        prefix_BTT = (mask_BTT & prompt_mask_BT.astype(bool)[:, None, :]).astype(jnp.float32)
+        prompt_mask_BT = prompt_mask_BT.astype(jnp.float32)
+        prefix_BTT = mask_BTT * prompt_mask_BT[:, None, :]
         count_BT = prefix_BTT.sum(axis=-1)
         if cache is None:
             slots = num_slots(self.router, self.num_experts)
@@ -282,7 +289,9 @@ class Transformer(nn.Module):
             slot_C = jnp.arange(cache.k_LBCKH.shape[2])
             filled_BC = slot_C[None, :] < cache.length_B[:, None]
             count_BT += cache.prompt_B[:, None]
-        return past, Context(positions_BT, mask_BTT, prefix_BTT, count_BT, filled_BC)
+        return past, Context(
+            positions_BT, mask_BTT, prompt_mask_BT, prefix_BTT, count_BT, filled_BC
+        )
 
 
 class Table(nn.Module):

@@ -1,0 +1,37 @@
+"""metrics.jsonl: one line per logged step, appended as training goes."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends rows of one stage; numbers only, never text of a corpus."""
+
+    def __init__(self, path: Path, stage: str, from_step: int) -> None:
+        """Opens the file and drops the stage's rows after `from_step`, which a killed run left."""
+        self._path, self._stage = path, stage
+        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [row for row in rows if not self._is_stale(row, from_step)]
+        if len(kept) < len(rows):
+            path.write_text("".join(kept))
+
+    def write(self, step: int, split: str, **values: Any) -> None:
+        """Adds a row.
+
+        Args:
+          step: steps done.
+          split: "train" or "validation".
+          **values: numbers by name.
+        """
+        row = {"stage": self._stage, "step": step, "split": split, "time": time.time(), **values}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _is_stale(self, line: str, from_step: int) -> bool:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return True  # cut short by a kill
+        return row["stage"] == self._stage and row["step"] > from_step

@@ -1,0 +1,95 @@
+"""What a stage trains and remembers."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from safemoe_jax.config import AdamWConfig
+
+EXPERT_AXIS = 1  # of the stacked leaves A [L, E, D, R] and B [L, E, R, O]
+
+
+@flax.struct.dataclass
+class Best:
+    """The weights with the lowest validation loss so far.
+
+    Attributes:
+      trainable: weights; in stage one each expert's slice is its own best.
+      loss: their validation loss in nats per token, [E] or [].
+      step: when that was, [E] or [].
+    """
+
+    trainable: Any
+    loss: jax.Array
+    step: jax.Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training; the base is never in it.
+
+    Attributes:
+      step: steps done.
+      trainable: the experts (stage one) or the router (stage two); all that is differentiated.
+      opt_state: the optimizer's, with the expert axis in front in stage one.
+      best: what validation liked most.
+    """
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+    best: Best
+
+
+def make_optimizer(config: AdamWConfig, steps: int) -> optax.GradientTransformation:
+    """Clipped AdamW (arXiv 1711.05101) with linear warm-up, then the named decay to zero."""
+    decay = max(steps - config.warmup_steps, 1)
+    rate = config.learning_rate
+    after = {
+        "constant": lambda: optax.constant_schedule(rate),
+        "linear": lambda: optax.linear_schedule(rate, 0.0, decay),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, decay),
+    }[config.schedule]()
+    warmup = optax.linear_schedule(0.0, rate, config.warmup_steps)
+    schedule = optax.join_schedules([warmup, after], [config.warmup_steps])
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+
+
+def init_expert_state(experts: Any, tx: optax.GradientTransformation) -> TrainState:
+    """A state in which every expert has an optimizer of its own."""
+    num_experts = jax.tree.leaves(experts)[0].shape[EXPERT_AXIS]
+    opt_state = jax.vmap(tx.init, in_axes=EXPERT_AXIS)(experts)
+    return _init(experts, opt_state, (num_experts,))
+
+
+def init_router_state(router: Any, tx: optax.GradientTransformation) -> TrainState:
+    return _init(router, tx.init(router), ())
+
+
+def _init(trainable: Any, opt_state: Any, shape: tuple[int, ...]) -> TrainState:
+    best = Best(
+        trainable=jax.tree.map(jnp.copy, trainable),  # its own buffers: the state is donated
+        loss=jnp.full(shape, jnp.inf),
+        step=jnp.zeros(shape, jnp.int32),
+    )
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, best)
+
+
+def keep_best(state: TrainState, loss: jax.Array) -> TrainState:
+    """Remembers the weights where their validation loss, [E] or [], is a new low."""
+    better = loss < state.best.loss
+    per_expert = jnp.expand_dims(better, (0, 2, 3)) if better.ndim else better
+    best = Best(
+        trainable=jax.tree.map(
+            lambda new, old: jnp.where(per_expert, new, old), state.trainable, state.best.trainable
+        ),
+        loss=jnp.where(better, loss, state.best.loss),
+        step=jnp.where(better, state.step, state.best.step),
+    )
+    return state.replace(best=best)
