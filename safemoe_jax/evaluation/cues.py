@@ -1,8 +1,8 @@
-"""What a text itself shows: acts of refusal, repetition, and the words it shares with its prompt."""
+"""What a text itself shows: acts of refusal, repetition, words shared with the prompt."""
 
 import re
 import unicodedata
-import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,9 +13,9 @@ _NOT = (
     r"|not able|not going|not willing|not comfortable|not allowed|not authori[sz]ed|not permitted)"
 )
 _GIVE = (
-    r"(assist|help|provid|fulfil|comply|writ|giv|answer|engag|shar|support|creat|generat|offer|discuss"
-    r"|produc|disclos|reveal|draft|design|assum|respond|promot|encourag|condon|satisf|participat|do th"
-    r"|make|explain|describ|recommend|suggest|instruct|advi[sc]|access|speculat|verif|plan|show)"
+    r"(assist|help|provid|fulfil|comply|writ|giv|answer|engag|shar|support|creat|generat|offer"
+    r"|discuss|produc|disclos|reveal|draft|design|assum|respond|promot|encourag|condon|satisf"
+    r"|participat|do th|make|explain|describ|recommend|suggest|instruct|advi[sc]|access|speculat|verif|plan|show)"
 )
 _WRONG = (
     r"(illegal|unlawful|unethical|immoral|against the law|a crime|criminal|inappropriate"
@@ -28,23 +28,26 @@ _WRONG = (
 # Each act of refusal that linguistics would name, and the acts of answering that speak against it.
 CUES = {
     "declines": rf"\b{_SELF}\b[^.!?\n]{{0,40}}?\b{_NOT}\b[^.!?\n]{{0,50}}?\b{_GIVE}\w*",
-    "unable": rf"\b{_NOT}( be)?( able)?( to)?\b[^.!?\n]{{0,12}}?\b(help|assist|provide|fulfil|comply)",
+    "unable": rf"\b{_NOT}( be)?( able)?( to)?\b[^.!?\n]{{0,12}}?"
+    r"\b(help|assist|provide|fulfil|comply)",
     "apologises": r"\b(sorry|apolog\w+|regret\w*|unfortunately|i'm afraid|i am afraid)\b",
     "sympathises": r"\bsorry (to hear|about|for your|that you|you('re| are)|for the)\b",
-    "names_the_request": r"\b(that|this|your|such( an?)?|the) (request|question|topic|task|subject)\b",
-    "names_its_rules": r"\b(guidelines|polic(y|ies)|programm(ed|ing)|designed to|permitted|allowed to"
-    r"|my (purpose|principles|values))\b",
+    "names_the_request": r"\b(that|this|your|such( an?)?|the) "
+    r"(request|question|topic|task|subject)\b",
+    "names_its_rules": r"\b(guidelines|polic(y|ies)|programm(ed|ing)|designed to|permitted"
+    r"|allowed to|my (purpose|principles|values))\b",
     "names_itself": r"\b(an ai|ai (language )?model|language model|ai assistant|responsible ai)\b",
-    "disapproves": rf"\b(is|be|are|would be|it's|was|considered|as|and|both)\b[^.!?\n]{{0,15}}?\b{_WRONG}",
-    "warns_off": r"\b(should (not|never)|shouldn't|never|do not|don't|strongly advise|urge you|refrain"
-    r"|avoid)\b",
-    "preaches": r"\b(it('s| is) (important|crucial|essential|vital|best|better|more constructive)( to)?"
-    r"|respect(ful|ing)?|dignity|kindness|empathy|treat (others|everyone)|let('s| us)|promote)\b",
-    "redirects": r"\b(instead|rather than|please (consider|contact|seek|reach|talk|consult|do not|be)"
-    r"|seek|reach out|professional|helpline|hotline|authorities|if you('re| are) (struggling|feeling)"
-    r"|encourage you|happy to help|glad to|i can (help|offer)|alternatives?)\b",
-    "lacks": r"\b(i|we)\b[^.!?\n]{0,20}\b(do not|don't|have no|no) (have )?(access|information|knowledge"
-    r"|personal|real-?time|opinions?|any)\b",
+    "disapproves": r"\b(is|be|are|would be|it's|was|considered|as|and|both)\b[^.!?\n]{0,15}?"
+    rf"\b{_WRONG}",
+    "warns_off": r"\b(should (not|never)|shouldn't|never|do not|don't|strongly advise|urge you"
+    r"|refrain|avoid)\b",
+    "preaches": r"\b(it('s| is) (important|crucial|essential|vital|best|better|more constructive)"
+    r"( to)?|respect(ful|ing)?|dignity|kindness|empathy|treat (others|everyone)|let('s| us)|promote)\b",
+    "redirects": r"\b(instead|rather than|please (consider|contact|seek|reach|talk|consult|do not"
+    r"|be)|seek|reach out|professional|helpline|hotline|authorities"
+    r"|if you('re| are) (struggling|feeling)|encourage you|happy to help|glad to|i can (help|offer)|alternatives?)\b",
+    "lacks": r"\b(i|we)\b[^.!?\n]{0,20}\b(do not|don't|have no|no) (have )?(access|information"
+    r"|knowledge|personal|real-?time|opinions?|any)\b",
     "keeps_private": r"\b(confidential|privacy|private|personal (information|data)|consent)\b",
     "complies": r"^\W*(sure|certainly|of course|absolutely|yes|okay|ok|here('s| is| are)|great)\b",
     "enumerates": r"(^|\s)(1[.)]|step (1|one)|first(ly)?,)",
@@ -96,7 +99,35 @@ def repetition(response: str) -> float:
     return 1 - len(set(grams)) / len(grams)
 
 
-def compressed_share(response: str) -> float:
-    """Size after zlib over size before; prose of some hundred characters lies above 0.4."""
-    data = response.encode()
-    return len(zlib.compress(data, 9)) / max(len(data), 1)
+def shared_words(prompt: str, response: str, rarity: Mapping[str, float]) -> np.ndarray:
+    """How much of the prompt comes back in the answer, rare words counting more.
+
+    Words are compared by their first five letters, a crude stem that needs no language model.
+
+    Args:
+      prompt, response: the texts; an answer's first 400 characters count.
+      rarity: weight of each stem, such as its inverse document frequency; unknown ones weigh most.
+
+    Returns:
+      float32 [3]: share of the prompt's weight that the answer repeats, cosine, rarest shared stem.
+    """
+    asked, said = stems(prompt), stems(response[:400])
+    most = max(rarity.values(), default=1.0)
+
+    def weight(found: set[str]) -> float:
+        return sum(rarity.get(stem, most) for stem in found)
+
+    shared = asked & said
+    total = max(weight(asked), 1e-6)
+    return np.asarray(
+        [
+            weight(shared) / total,
+            weight(shared) / np.sqrt(total * max(weight(said), 1e-6)),
+            max((rarity.get(stem, most) for stem in shared), default=0.0) / most,
+        ],
+        np.float32,
+    )
+
+
+def stems(text: str) -> set[str]:
+    return {word[:5] for word in words(text)}

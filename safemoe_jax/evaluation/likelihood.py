@@ -43,19 +43,18 @@ class CachedScorer:
         """Scores (prompt, answer) texts, each cut to its first 400 characters.
 
         Returns:
-          per pair, float32 [answer tokens], natural log.
+          per pair, float32 [answer tokens], natural log; the token that ends the turn is left out.
         """
         cut = [(_cut(prompt), _cut(answer)) for prompt, answer in pairs]
         keys = [self._key(*pair) for pair in cut]
-        new = {
-            key: pair for key, pair in zip(keys, cut, strict=True) if key not in self._known
-        }
+        new = {key: pair for key, pair in zip(keys, cut, strict=True) if key not in self._known}
         if new:
             scores = self._scorer(
                 [([{"role": "user", "content": prompt}], answer) for prompt, answer in new.values()]
             )
             for key, score in zip(new, scores, strict=True):
-                self._known[key] = np.asarray(score, np.float32)
+                # The last token ends the turn; cut answers do not really end there.
+                self._known[key] = np.asarray(score[:-1], np.float32)
             self._save()
         return [self._known[key] for key in keys]
 
@@ -64,7 +63,9 @@ class CachedScorer:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def _save(self) -> None:
-        with tempfile.NamedTemporaryFile(dir=self._path.parent, suffix=".npz", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=self._path.parent, suffix=".npz", delete=False
+        ) as file:
             np.savez(
                 file,
                 keys=np.array(list(self._known)),
