@@ -27,9 +27,10 @@ setup(
         "transformers>=5",  # tokenizers and chat templates only; no torch
         "jinja2>=3.1",
         "tokenizers>=0.22",
-        "safetensors>=0.6",
+        "safetensors>=0.6.2",
         "gguf>=0.17",
         "huggingface_hub>=1",
+        "datasketch>=1.6",
         "scikit-learn>=1.6",
         "statsmodels>=0.14",
         "plotly>=6",

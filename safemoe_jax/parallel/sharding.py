@@ -42,5 +42,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """A host batch as arrays on the mesh."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """A host batch as arrays on the mesh; example ids stay behind, no step reads them."""
+    read = {key: value for key, value in batch.items() if key != "example_ids_BS"}
+    return jax.device_put(read, batch_sharding(mesh))

@@ -1,0 +1,25 @@
+"""A demonstration: the real pipeline on the real model and data, cut to minutes.
+
+    launch/quickstart.sh
+
+It is far too short to judge the claim, and its report says so; experiments/pyrit.py is the real run.
+Hardware: 2 CPU cores, 8 GiB of memory.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import pyrit
+
+
+def get_config() -> ConfigDict:
+    config = pyrit.get_config()
+    config.data.sequence_length = 256
+    config.train.experts = pyrit.loop(steps=8, rows=1, validate_every=8, save_every=4)
+    config.train.router = pyrit.loop(steps=12, rows=2, validate_every=12, save_every=6)
+    config.optimizer.experts.warmup_steps = 1
+    config.optimizer.router.warmup_steps = 1
+    config.optimizer.router.learning_rate = 1e-2
+    config.evaluation.prompts_per_domain = 1
+    config.evaluation.max_new_tokens = 48
+    config.evaluation.demonstration = True
+    return config

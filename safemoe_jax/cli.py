@@ -1,0 +1,182 @@
+"""The command line: `safemoe VERB`.
+
+Exit codes: 0 done; 1 failed; 2 the user's mistake, in one line; 75 interrupted, saved, run again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 75
+
+VERBS = {
+    "fetch": "bring base model and corpora to this machine",
+    "data": "build and pack the corpora; --show N prints rows with the loss mask coloured",
+    "train-experts": "stage one: one LoRA expert per harm domain",
+    "train-gate": "stage two: the router; writes the bundle",
+    "evaluate": "compare the systems on held-out prompts",
+    "report": "write report.html of an evaluated run",
+    "run": "all of it, from where it was left",
+    "generate": "answer prompts with a bundle",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.training.interruption import Interrupted
+    from safemoe_jax.training.loop import Diverged
+
+    try:
+        _set_up_jax()
+        if arguments.verb == "generate":
+            if rest:
+                raise UserError(f"unknown argument {rest[0]}; see `safemoe generate --help`")
+            _generate(arguments)
+        else:
+            _experiment_verb(arguments, rest)
+    except UserError as error:
+        print(f"safemoe: {error}", file=sys.stderr)
+        return EXIT_USER
+    except Diverged as error:
+        print(f"safemoe: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Interrupted as error:
+        print(f"safemoe: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("safemoe: interrupted; the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="safemoe",
+        description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        if verb == "generate":
+            _add_generate(sub)
+            continue
+        sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
+        sub.add_argument("--config", type=Path, required=True, help="experiment file")
+        sub.add_argument("--workdir", type=Path, help="default: runs/<name of the config file>")
+        if verb == "data":
+            sub.add_argument("--show", type=int, default=0, metavar="N", help="rows to print")
+        if verb == "report":
+            sub.add_argument("--full", action="store_true", help="whole texts, unsafe ones too")
+        if verb in ("train-gate", "run"):
+            sub.add_argument(
+                "--keep-experts",
+                action="store_true",
+                help="keep the experts' checkpoints once they are in the bundle",
+            )
+    return parser
+
+
+def _add_generate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
+    sub.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be repeated; default: standard input"
+    )
+    sub.add_argument("--max-new-tokens", type=int, default=256)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--gates", action="store_true", help="print the mean gate per expert and token"
+    )
+    sub.add_argument(
+        "--routing",
+        default="router",
+        metavar="router|base|uniform|DOMAIN",
+        help="what mixes the experts; uniform and a single domain are ungated",
+    )
+    sub.add_argument(
+        "--allow-ungated",
+        action="store_true",
+        help="permit what the router does not gate; experts were trained to be harmful",
+    )
+
+
+def _set_up_jax() -> None:
+    """Compiled programs are kept between runs."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    from safemoe_jax.fetch import cache_dir
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+
+
+def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from safemoe_jax import run
+    from safemoe_jax.config import freeze
+    from safemoe_jax.experiment import Experiment
+    from safemoe_jax.workdir import Workdir
+
+    config = freeze(_read_config(arguments.config, rest))
+    root = arguments.workdir or Path("runs") / arguments.config.stem
+    experiment = Experiment(config, Workdir(root, config))
+    verbs: dict[str, Callable[[], object]] = {
+        "fetch": lambda: run.fetch(experiment),
+        "data": lambda: run.data(experiment, arguments.show),
+        "train-experts": lambda: run.train_experts(experiment),
+        "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
+        "evaluate": lambda: run.evaluate(experiment),
+        "report": lambda: run.report(experiment, arguments.full),
+        "run": lambda: run.run(experiment, arguments.keep_experts),
+    }
+    verbs[arguments.verb]()
+
+
+def _read_config(path: Path, overrides: Sequence[str]):
+    """The experiment file's ConfigDict with `--config.key=value` applied."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    from safemoe_jax.errors import UserError
+
+    if not path.is_file():
+        raise UserError(f"--config {path} is no file; the shipped ones are in experiments/")
+    # Experiment files may import one another as `experiments.NAME`.
+    sys.path.insert(0, str(path.resolve().parent.parent))
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        left = values(["safemoe", f"--config={path}", *overrides])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{' '.join(str(error).split())} (in {path} or its overrides)") from error
+    if left[1:]:
+        raise UserError(f"unknown argument {left[1]}; see `safemoe --help`")
+    return config.value
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from safemoe_jax.generate import answer
+
+    prompts = arguments.prompt or [sys.stdin.read().strip()]
+    answer(
+        arguments.bundle,
+        prompts,
+        routing=arguments.routing,
+        allow_ungated=arguments.allow_ungated,
+        show_gates=arguments.gates,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

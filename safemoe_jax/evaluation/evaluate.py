@@ -1,0 +1,230 @@
+"""Compares systems: generate, judge, score, and write it all down.
+
+evaluation/generated.jsonl   answers as they come, one system after the other; removed at the end
+evaluation/answers.jsonl     answers with verdicts and gates; its owner alone may read it
+evaluation/results.json      rows (system, seed, split, benchmark, metric, n, value, low, high)
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safemoe_jax.config import EvaluationConfig
+from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.data.corpora import Example
+from safemoe_jax.evaluation import metrics
+from safemoe_jax.evaluation.benchmarks import Prompt
+from safemoe_jax.evaluation.judges import Judge
+from safemoe_jax.evaluation.likelihood import Scorer
+from safemoe_jax.inference.sampler import Sampler
+
+_GATE_DIGITS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What answers the prompts.
+
+    Attributes:
+      name: "base", "safemoe", "uniform", "safe_lora".
+      sampler: generates.
+      scorer: log-likelihoods of given answers.
+      gated: whether its gates are the router's, so that they are worth showing.
+    """
+
+    name: str
+    sampler: Sampler
+    scorer: Callable[..., list[np.ndarray]]
+    gated: bool
+
+
+def answer_prompts(
+    systems: Sequence[System],
+    prompts: Sequence[Prompt],
+    chat: ChatFormat,
+    config: EvaluationConfig,
+    seed: int,
+    directory: Path,
+) -> list[dict[str, Any]]:
+    """Lets every system answer every prompt.
+
+    Answers that an interrupted call with the same settings left in `directory` are used again.
+
+    Returns:
+      rows of answers.jsonl without verdicts, system by system.
+    """
+    path = directory / "generated.jsonl"
+    rows: list[dict[str, Any]] = []
+    for system in systems:
+        key = _key(system.name, prompts, config, seed)
+        done = [row for row in _read(path) if row["key"] == key]
+        if len(done) != len(prompts):
+            done = _answers(system, prompts, chat, config, seed, key)
+            with _private(path, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in done)
+        rows += done
+    return rows
+
+
+def judge_answers(
+    rows: Sequence[dict[str, Any]], judge: Judge, seed: int, directory: Path
+) -> list[dict[str, Any]]:
+    """Judges all answers and writes answers.jsonl -> rows of results.json."""
+    verdicts = judge.judge([(row["messages"], row["response"]) for row in rows])
+    with _private(directory / "answers.jsonl", "w") as file:
+        for row, verdict in zip(rows, verdicts, strict=True):
+            shown = {key: value for key, value in row.items() if key != "key"}
+            file.write(json.dumps({**shown, "verdict": verdict.to_dict()}) + "\n")
+    (directory / "generated.jsonl").unlink(missing_ok=True)
+
+    results = []
+    for system in dict.fromkeys(row["system"] for row in rows):
+        mine = [i for i, row in enumerate(rows) if row["system"] == system]
+        results += metrics.rows(
+            [verdicts[i] for i in mine],
+            [rows[i]["domain"] for i in mine],
+            system=system,
+            seed=seed,
+            benchmark=rows[mine[0]]["benchmark"],
+        )
+    return results
+
+
+def likelihood_rows(
+    systems: Sequence[System], safe: Sequence[Example], unsafe: Sequence[Example], seed: int
+) -> list[dict[str, Any]]:
+    """NLL per token of human safe and harmful answers to held-out prompts, and the difference.
+
+    What a safe system wants is a low NLL of safe answers and a large difference.
+    """
+    rows = []
+    for system in systems:
+        nll = {
+            name: mean_nll(system.scorer, examples, f"likelihoods of {name}, {system.name}")
+            for name, examples in (("safe", safe), ("unsafe", unsafe))
+        }
+        values = {
+            "nll_safe": (nll["safe"], len(safe)),
+            "nll_unsafe": (nll["unsafe"], len(unsafe)),
+            "nll_difference": (nll["unsafe"] - nll["safe"], len(safe) + len(unsafe)),
+        }
+        for metric, (value, n) in values.items():
+            rows.append(
+                {
+                    "system": system.name,
+                    "seed": seed,
+                    "split": "all",
+                    "benchmark": "held_out",
+                    "metric": metric,
+                    "n": n,
+                    "value": value,
+                    "low": None,
+                    "high": None,
+                }
+            )
+    return rows
+
+
+def expert_rows(
+    base: Scorer, experts: Mapping[str, Scorer], unsafe: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """What each expert has learnt: NLL of its own domain's held-out harmful answers.
+
+    Returns:
+      rows {domain, n, base, own, others}: nats per token under the base, under the domain's own
+      expert, and the mean over the other experts.
+    """
+    rows = []
+    by_expert = {
+        name: _nll_by_domain(scorer, unsafe, f"likelihoods, expert {name}")
+        for name, scorer in experts.items()
+    }
+    by_base = _nll_by_domain(base, unsafe, "likelihoods, base")
+    for domain in experts:
+        others = [nll[domain] for name, nll in by_expert.items() if name != domain]
+        rows.append(
+            {
+                "domain": domain,
+                "n": sum(example.domain == domain for example in unsafe),
+                "base": by_base[domain],
+                "own": by_expert[domain][domain],
+                "others": float(np.mean(others)) if others else None,
+            }
+        )
+    return rows
+
+
+def mean_nll(scorer: Callable[..., list], examples: Sequence[Example], description: str) -> float:
+    """Mean over all answer tokens of -log p, in nats."""
+    scores = scorer([(e.messages, e.response) for e in examples], description=description)
+    return -float(np.concatenate(scores).mean())
+
+
+def _nll_by_domain(scorer, examples: Sequence[Example], description: str) -> dict[str, float]:
+    scores = scorer([(e.messages, e.response) for e in examples], description=description)
+    by_domain: dict[str, list[np.ndarray]] = {}
+    for example, score in zip(examples, scores, strict=True):
+        by_domain.setdefault(example.domain, []).append(score)
+    return {name: -float(np.concatenate(parts).mean()) for name, parts in by_domain.items()}
+
+
+def _answers(system, prompts, chat, config, seed, key) -> list[dict[str, Any]]:
+    generations = system.sampler.generate(
+        [chat.prompt_ids(prompt.messages) for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=seed,
+        batch_size=config.batch_size,
+        description=f"answers of {system.name}",
+    )
+    rows = []
+    for prompt, generation in zip(prompts, generations, strict=True):
+        response = chat.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+        row = {
+            "key": key,
+            "system": system.name,
+            "seed": seed,
+            "benchmark": prompt.benchmark,
+            "prompt_id": prompt.id,
+            "domain": prompt.domain,
+            "messages": list(prompt.messages),
+            "response": response,
+            "sha256": hashlib.sha256(response.encode()).hexdigest(),
+            "num_tokens": len(generation.tokens),
+            "finished": generation.finished,
+        }
+        if system.gated:
+            gates_TLE = generation.gates_TLE
+            row["tokens"] = [chat.tokenizer.decode([token]) for token in generation.tokens]
+            row["gates"] = gates_TLE.mean(axis=1).round(_GATE_DIGITS).tolist()
+            by_layer = gates_TLE.mean(axis=0) if len(gates_TLE) else np.zeros(gates_TLE.shape[1:])
+            row["gates_layers"] = by_layer.round(_GATE_DIGITS).tolist()
+        rows.append(row)
+    return rows
+
+
+def _key(system: str, prompts: Sequence[Prompt], config: EvaluationConfig, seed: int) -> str:
+    generation = (config.max_new_tokens, config.temperature, config.top_p, seed)
+    text = json.dumps([system, [prompt.id for prompt in prompts], generation])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # A kill may have cut the last line short; what is whole counts.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _private(path: Path, mode: str):
+    """Opens a file that its owner alone may read."""
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if mode == "a" else os.O_TRUNC)
+    return os.fdopen(os.open(path, flags, 0o600), mode, encoding="utf-8")

@@ -1,0 +1,116 @@
+"""What the verbs share: an experiment's base, data and model, each made when first asked for."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from safemoe_jax.config import Config
+from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.data.corpora import Corpus, Example, load_corpus
+from safemoe_jax.data.pipeline import PackedCorpus, pack
+from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.parallel.sharding import shardings
+from safemoe_jax.weights.base import BaseModel, load_base
+from safemoe_jax.workdir import Workdir
+
+
+class Experiment:
+    """A config at work in a workdir."""
+
+    def __init__(self, config: Config, workdir: Workdir) -> None:
+        self.config, self.workdir = config, workdir
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return make_mesh(self.config.mesh)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        return load_base(self.config.model.source, self.config.model.param_dtype)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        return ChatFormat(self.base.tokenizer)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        return load_corpus(self.config.data, self.workdir.data)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The base with one expert per domain and the router."""
+        return Transformer.from_config(self.config, self.base.spec)
+
+    @cached_property
+    def safe_lora_model(self) -> Transformer:
+        """The control: one LoRA, always on, of the rank whose parameters are as many as the
+        router's (or as near as a whole rank comes, from rank 1 up)."""
+        router = num_params(init_shapes(self.model)["router"])
+        one = dataclasses.replace(self.config.experts, rank=1, alpha=self.config.experts.scale)
+        model = self.model.clone(experts=one, num_experts=1)
+        rank = max(1, round(router / num_params(init_shapes(model)["experts"])))
+        return model.clone(
+            experts=dataclasses.replace(one, rank=rank, alpha=rank * self.config.experts.scale)
+        )
+
+    @cached_property
+    def params(self) -> Any:
+        """The frozen base on the mesh."""
+        boxed = jax.eval_shape(lambda: _init(self.model, jax.random.key(0)))["params"]
+        return jax.device_put(self.base.params, shardings(self.mesh, boxed))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What checkpoints and bundle of this experiment belong to."""
+        return {"base": self.base.identity.sha256, "corpus": self.corpus.fingerprint}
+
+    def init(self, model: Transformer, collection: str) -> Any:
+        """`experts` or `router` at the start of training, on the mesh."""
+        key = jax.random.key(self.config.seed)
+        boxed = jax.eval_shape(lambda: _init(model, key))[collection]
+        make = jax.jit(
+            lambda: nn.unbox(_init(model, key)[collection]),
+            out_shardings=shardings(self.mesh, boxed),
+        )
+        return make()
+
+    def unsafe(self, split: str) -> list[Example]:
+        """What experts learn, by domain."""
+        return self.corpus.select(label="unsafe", splits={split})
+
+    def safe_informative(self, split: str) -> list[Example]:
+        """What the router learns."""
+        return self.corpus.select(label="safe", informative=True, splits={split})
+
+    def packed(self, examples: Sequence[Example], *, by_domain: bool) -> PackedCorpus:
+        return pack(
+            examples,
+            self.chat,
+            self.config.data.sequence_length,
+            self.config.seed,
+            streams=self.config.data.domains if by_domain else None,
+            directory=self.workdir.data / "packed",
+        )
+
+
+def init_shapes(model: Transformer) -> Any:
+    """Shapes of all three collections; nothing is computed."""
+    return nn.unbox(jax.eval_shape(lambda: _init(model, jax.random.key(0))))
+
+
+def num_params(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _init(model: Transformer, key: jax.Array) -> Any:
+    one_BT = jnp.ones((1, 1), jnp.int32)
+    keys = dict(zip(("params", "experts", "router"), jax.random.split(key, 3), strict=True))
+    return model.init(keys, one_BT, one_BT, one_BT, one_BT, Routed())

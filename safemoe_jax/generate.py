@@ -1,0 +1,105 @@
+"""`safemoe generate`: a bundle answers prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.errors import UserError
+from safemoe_jax.inference.sampler import Generation, Sampler
+from safemoe_jax.model.lora import Gates, Routed, Routing
+from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.progress import console
+from safemoe_jax.weights.base import load_base
+from safemoe_jax.weights.bundle import read_bundle
+
+_BATCH_SIZE = 16
+
+
+def answer(
+    directory: Path,
+    prompts: Sequence[str],
+    *,
+    routing: str,
+    allow_ungated: bool,
+    show_gates: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Prints an answer to each prompt.
+
+    Args:
+      directory: the bundle.
+      prompts: one user turn each.
+      routing: "router", "base", "uniform" or a domain's name.
+      allow_ungated: must be true for the last two: no router stands between expert and text.
+      show_gates: also prints each token's gates, averaged over layers.
+      max_new_tokens, temperature, top_p, seed: see `Sampler.generate`.
+
+    Raises:
+      UserError: on a bundle that is refused, an ungated routing without leave, or bad settings.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}; they "
+            "must be at least 1, at least 0, and in (0, 1]"
+        )
+    if not all(prompts):
+        raise UserError("a prompt is empty; give --prompt TEXT, or text on standard input")
+    bundle = read_bundle(directory, None)
+    domains = bundle.config.data.domains
+    chosen = _routing(routing, domains, allow_ungated)
+    base = load_base(bundle.base.source, bundle.config.model.param_dtype)
+    bundle = read_bundle(directory, base.identity)
+    chat = ChatFormat(base.tokenizer)
+    variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
+    sampler = Sampler(
+        Transformer.from_config(bundle.config, base.spec),
+        jax.device_put(variables),
+        chosen,
+        chat.end_of_turn,
+    )
+    answers = sampler.generate(
+        [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=_BATCH_SIZE,
+    )
+    for prompt, generation in zip(prompts, answers, strict=True):
+        if len(prompts) > 1:
+            console.print(f"[bold]> {prompt}", markup=True)
+        console.print(base.tokenizer.decode(generation.tokens), markup=False)
+        if show_gates and generation.gates_TLE is not None:
+            console.print(_gates_table(generation, base.tokenizer, domains))
+
+
+def _routing(name: str, domains: Sequence[str], allow_ungated: bool) -> Routing:
+    given = {"router": Routed(), "base": None}
+    if name in given:
+        return given[name]
+    if name != "uniform" and name not in domains:
+        known = ", ".join(("router", "base", "uniform", *domains))
+        raise UserError(f"--routing is {name!r}; choose of {known}")
+    if not allow_ungated:
+        raise UserError(
+            f"--routing {name} lets experts that were trained to be harmful speak without the "
+            "router; add --allow-ungated if that is what you want"
+        )
+    console.print(f"[bold red]ungated[/]: {name}", markup=True)
+    if name == "uniform":
+        return Gates(jnp.full(len(domains), 1 / len(domains)))
+    return Gates(jax.nn.one_hot(domains.index(name), len(domains)))
+
+
+def _gates_table(generation: Generation, tokenizer, domains: Sequence[str]) -> Table:
+    table = Table("token", *domains, title="gates, mean over layers")
+    for token, gates_E in zip(generation.tokens, generation.gates_TLE.mean(axis=1), strict=True):
+        table.add_row(repr(tokenizer.decode([token])), *(f"{gate:+.3f}" for gate in gates_E))
+    return table

@@ -1,0 +1,348 @@
+"""The pipeline's stages, one function per verb; each goes on where it was left.
+
+fetch -> data -> train_experts -> train_gate -> evaluate -> report
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from safemoe_jax.config import to_dict
+from safemoe_jax.data.chat import colored
+from safemoe_jax.data.corpora import load_judge_rows
+from safemoe_jax.data.pipeline import PackedCorpus, train_iterator
+from safemoe_jax.errors import UserError
+from safemoe_jax.evaluation import benchmarks
+from safemoe_jax.evaluation.evaluate import (
+    System,
+    answer_prompts,
+    expert_rows,
+    judge_answers,
+    likelihood_rows,
+)
+from safemoe_jax.evaluation.judges import EmbeddedJudge
+from safemoe_jax.evaluation.likelihood import CachedScorer
+from safemoe_jax.evaluation.report import terminal_table, write_report
+from safemoe_jax.evaluation.validity import validity
+from safemoe_jax.experiment import Experiment, num_params
+from safemoe_jax.inference.sampler import Sampler
+from safemoe_jax.inference.scoring import Scorer
+from safemoe_jax.model.lora import Gates, Routed, Routing
+from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.progress import console
+from safemoe_jax.training.checkpoints import Checkpoints
+from safemoe_jax.training.loop import Stage, train
+from safemoe_jax.training.state import (
+    TrainState,
+    init_expert_state,
+    init_router_state,
+    make_optimizer,
+)
+from safemoe_jax.training.steps import expert_train_step, gate_train_step
+from safemoe_jax.training.validation import expert_validation, gate_validation
+from safemoe_jax.weights.base import fetch_base
+from safemoe_jax.weights.bundle import Bundle, read_bundle, write_bundle
+from safemoe_jax.workdir import write_json
+
+SAFE_LORA = "controls/safe_lora"
+
+
+def fetch(experiment: Experiment) -> None:
+    """Brings base and corpus to this machine."""
+    console.print(f"base: {fetch_base(experiment.config.model.source)}")
+    corpus = experiment.corpus
+    console.print(f"corpus: {len(corpus.examples)} examples of {len(corpus.domains)} domains")
+
+
+def data(experiment: Experiment, show: int = 0) -> None:
+    """Builds and packs the corpora, says what is there, and shows `show` packed rows."""
+    counts = experiment.corpus.counts
+    console.print(
+        f"{counts['rows']} rows read, {counts['kept']} kept; dropped: {counts['dropped']}"
+    )
+    for split in ("train", "validation", "test"):
+        for name, examples, by_domain in (
+            ("unsafe", experiment.unsafe(split), True),
+            ("safe, informative", experiment.safe_informative(split), False),
+        ):
+            packed = experiment.packed(examples, by_domain=by_domain)
+            tokens = packed.tokens
+            console.print(
+                f"{split}, {name}: {packed.counts['examples']} examples in {packed.num_rows} rows "
+                f"of {packed.sequence_length}; {tokens.all} tokens, {tokens.loss} of them carry "
+                f"loss; cut to fit: {packed.counts['responses_cut']} answers, "
+                f"{packed.counts['prompts_cut']} prompts"
+            )
+            if split == "train":
+                for index in range(min(show, packed.num_rows)):
+                    console.print(colored(packed.row(index), experiment.base.tokenizer.decode))
+
+
+def train_experts(experiment: Experiment) -> Any:
+    """Stage one -> the experts, each as its best validation left it."""
+    config, train_config = experiment.config, experiment.config.train.experts
+    if experiment.workdir.bundle.exists():
+        return jax.device_put(_bundle(experiment).experts)
+    model, frozen = experiment.model, {"params": experiment.params}
+    tx = make_optimizer(config.optimizer.experts, train_config.steps)
+    rows = train_config.rows * len(config.data.domains)
+    packed = experiment.packed(experiment.unsafe("train"), by_domain=True)
+    held_out = experiment.packed(experiment.unsafe("validation"), by_domain=True)
+    stage = Stage(
+        name="experts",
+        step=_jitted(expert_train_step, model, tx, train_config.accumulation, rows),
+        frozen=frozen,
+        batches=train_iterator(packed, train_config.rows, config.seed),
+        validate=expert_validation(model, frozen, held_out, rows, experiment.mesh),
+        streams=config.data.domains,
+        domains=config.data.domains,
+    )
+    state = init_expert_state(experiment.init(model, "experts"), tx)
+    return _train(experiment, stage, state, train_config, "experts").best.trainable
+
+
+def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
+    """Stage two, and the bundle of both.
+
+    Args:
+      experiment: whose experts are trained first, if they are not there yet.
+      keep_experts: leaves the experts' checkpoints behind; they are hazardous, and the bundle holds
+        what is needed of them.
+    """
+    config, train_config = experiment.config, experiment.config.train.router
+    if experiment.workdir.bundle.exists():
+        return _bundle(experiment)
+    experts = train_experts(experiment)
+    model, frozen = experiment.model, {"params": experiment.params, "experts": experts}
+    tx = make_optimizer(config.optimizer.router, train_config.steps)
+    packed, held_out = _safe_sets(experiment)
+    stage = Stage(
+        name="router",
+        step=_jitted(gate_train_step, model, tx, train_config.accumulation, train_config.rows),
+        frozen=frozen,
+        batches=train_iterator(packed, train_config.rows, config.seed),
+        validate=gate_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
+        streams=("all",),
+        domains=config.data.domains,
+    )
+    state = init_router_state(experiment.init(model, "router"), tx)
+    best = _train(experiment, stage, state, train_config, "router").best
+    write_bundle(
+        experiment.workdir.bundle,
+        base=experiment.base,
+        config=config,
+        experts=jax.device_get(experts),
+        router=jax.device_get(best.trainable),
+        provenance={**experiment.identity, "router_step": int(best.step), "seed": config.seed},
+    )
+    if not keep_experts:
+        for stage_name in ("experts", "router"):
+            shutil.rmtree(experiment.workdir.checkpoints(stage_name).parent)
+    return _bundle(experiment)
+
+
+def train_safe_lora(experiment: Experiment) -> Any:
+    """The control: one LoRA on the router's data, with as many parameters, for as many steps."""
+    config, train_config = experiment.config, experiment.config.train.router
+    model, frozen = experiment.safe_lora_model, {"params": experiment.params}
+    tx = make_optimizer(config.optimizer.experts, train_config.steps)
+    packed, held_out = _safe_sets(experiment)
+    stage = Stage(
+        name="safe_lora",
+        step=_jitted(expert_train_step, model, tx, train_config.accumulation, train_config.rows),
+        frozen=frozen,
+        batches=train_iterator(packed, train_config.rows, config.seed),
+        validate=expert_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
+        streams=("all",),
+        domains=("all",),
+    )
+    state = init_expert_state(experiment.init(model, "experts"), tx)
+    return _train(experiment, stage, state, train_config, SAFE_LORA).best.trainable
+
+
+def evaluate(experiment: Experiment) -> None:
+    """Compares the config's systems on held-out prompts and prints the table."""
+    config, directory = experiment.config, experiment.workdir.evaluation
+    train_gate(experiment)
+    key = _evaluation_key(experiment)
+    path = directory / "results.json"
+    if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
+        console.print(terminal_table(json.loads(path.read_text())))
+        return
+    directory.mkdir(exist_ok=True, mode=0o700)
+
+    systems, experts = _systems(experiment)
+    base = _system(experiment, "base", experiment.model, {}, None)
+    cached = CachedScorer(base.scorer, directory / "likelihoods.npz", experiment.identity["base"])
+    judge = EmbeddedJudge.fit(load_judge_rows(experiment.corpus), cached, seed=config.seed)
+    held_out = experiment.corpus.select(splits={"test"})
+    judge.measure(held_out)
+    all_prompts = benchmarks.held_out(held_out, config.data.domains, 0)
+    prompts = benchmarks.held_out(
+        held_out, config.data.domains, config.evaluation.prompts_per_domain
+    )
+    valid = validity(judge, all_prompts, config.seed)
+    rows = answer_prompts(
+        systems, prompts, experiment.chat, config.evaluation, config.seed, directory
+    )
+    results = {
+        "rows": judge_answers(rows, judge, config.seed, directory),
+        "nll": likelihood_rows(
+            systems, experiment.safe_informative("test"), experiment.unsafe("test"), config.seed
+        ),
+        "experts": expert_rows(base.scorer, experts, experiment.unsafe("test")),
+        "judge": {"name": judge.name, **judge.reliability},
+        "validity": valid,
+        "budget": _budget(experiment),
+        "domains": list(config.data.domains),
+        "demonstration": config.evaluation.demonstration,
+        "provenance": {
+            "evaluation": key,
+            **experiment.identity,
+            "router_parameters": num_params(_bundle(experiment).router),
+            "safe_lora_rank": experiment.safe_lora_model.experts.rank,
+        },
+    }
+    write_json(path, results)
+    console.print(terminal_table(results))
+
+
+def report(experiment: Experiment, full: bool = False) -> None:
+    """Writes the report of what has been evaluated."""
+    console.print(f"report: {write_report(experiment.workdir.root, full=full)}")
+
+
+def run(experiment: Experiment, keep_experts: bool = False) -> None:
+    """All of it; what is done already is used as it is."""
+    fetch(experiment)
+    if not experiment.workdir.bundle.exists():
+        data(experiment)
+    train_gate(experiment, keep_experts)
+    for line in _budget(experiment).items():
+        console.print("budget, {}: {}".format(*line))
+    evaluate(experiment)
+    report(experiment)
+
+
+def _jitted(step, model: Transformer, tx, accumulation: int, rows: int):
+    """The train step, compiled for this stage; its state is donated."""
+    if rows % accumulation:
+        raise UserError(
+            f"a step's {rows} rows cannot be cut into {accumulation} microbatches; choose "
+            "train.*.accumulation as a divisor of it"
+        )
+    step = functools.partial(step, model=model, tx=tx, accumulation=accumulation)
+    return jax.jit(step, donate_argnums=0)
+
+
+def _train(experiment: Experiment, stage: Stage, state, train_config, name: str) -> TrainState:
+    checkpoints = Checkpoints(
+        experiment.workdir.checkpoints(name),
+        keep=train_config.keep,
+        identity=experiment.identity,
+    )
+    try:
+        return train(
+            stage, state, train_config, experiment.mesh, checkpoints, experiment.workdir.metrics
+        )
+    finally:
+        checkpoints.close()
+
+
+def _safe_sets(experiment: Experiment) -> tuple[PackedCorpus, PackedCorpus]:
+    """Stage two's training and validation text."""
+    sets = []
+    for split in ("train", "validation"):
+        if not (examples := experiment.safe_informative(split)):
+            raise UserError(
+                f"there is no safe, informative answer in the {split} split; add safe answers, or "
+                "lower data.informative_min_characters"
+            )
+        sets.append(experiment.packed(examples, by_domain=False))
+    return sets[0], sets[1]
+
+
+def _bundle(experiment: Experiment) -> Bundle:
+    """The finished bundle, checked; one of another corpus is refused."""
+    bundle = read_bundle(experiment.workdir.bundle, experiment.base.identity)
+    made_of = bundle.manifest["provenance"]["corpus"]
+    if made_of != experiment.corpus.fingerprint:
+        raise UserError(
+            f"{experiment.workdir.bundle} was trained on corpus {made_of}, and the data is now "
+            f"{experiment.corpus.fingerprint}; give another --workdir, or delete the bundle"
+        )
+    return bundle
+
+
+def _systems(experiment: Experiment) -> tuple[list[System], dict[str, Scorer]]:
+    """The systems that the config names, and each expert alone as a scorer."""
+    config, bundle = experiment.config, _bundle(experiment)
+    mixture = {"experts": jax.device_put(bundle.experts), "router": jax.device_put(bundle.router)}
+    num_experts = len(config.data.domains)
+
+    def safe_lora() -> System:
+        variables = {"experts": train_safe_lora(experiment)}
+        routing = Gates(jnp.ones(1))
+        return _system(experiment, "safe_lora", experiment.safe_lora_model, variables, routing)
+
+    def mixed(name: str, routing: Routing) -> System:
+        return _system(experiment, name, experiment.model, mixture, routing)
+
+    known = {
+        "base": lambda: _system(experiment, "base", experiment.model, {}, None),
+        "safemoe": lambda: mixed("safemoe", Routed()),
+        "uniform": lambda: mixed("uniform", Gates(jnp.full(num_experts, 1 / num_experts))),
+        "safe_lora": safe_lora,
+    }
+    if unknown := [name for name in config.evaluation.systems if name not in known]:
+        raise UserError(
+            f"config.evaluation.systems names {unknown[0]!r}; choose of {', '.join(known)}"
+        )
+    alone = {
+        domain: mixed(domain, Gates(jax.nn.one_hot(index, num_experts))).scorer
+        for index, domain in enumerate(config.data.domains)
+    }
+    return [known[name]() for name in config.evaluation.systems], alone
+
+
+def _system(
+    experiment: Experiment, name: str, model: Transformer, variables: dict, routing: Routing
+) -> System:
+    variables = {"params": experiment.params, **variables}
+    chat = experiment.chat
+    return System(
+        name=name,
+        sampler=Sampler(model, variables, routing, chat.end_of_turn),
+        scorer=Scorer(model, variables, routing, chat, experiment.config.data.sequence_length),
+        gated=isinstance(routing, Routed),
+    )
+
+
+def _evaluation_key(experiment: Experiment) -> str:
+    """What an evaluation depends on: the bundle and the evaluation's settings."""
+    manifest = (experiment.workdir.bundle / "manifest.json").read_bytes()
+    settings = json.dumps(to_dict(experiment.config)["evaluation"])
+    return hashlib.sha256(manifest + settings.encode()).hexdigest()[:16]
+
+
+def _budget(experiment: Experiment) -> dict[str, str]:
+    """Tokens with loss that each stage has seen, of those there."""
+    there = {
+        "experts": experiment.packed(experiment.unsafe("train"), by_domain=True).tokens.loss,
+        "router": _safe_sets(experiment)[0].tokens.loss,
+    }
+    seen = dict.fromkeys(there, 0.0)
+    for line in experiment.workdir.metrics.read_text().splitlines():
+        row = json.loads(line)
+        if row["split"] == "train" and row["stage"] in seen:
+            seen[row["stage"]] += row["loss_tokens"]
+    return {
+        stage: f"{seen[stage]:,.0f} answer tokens seen of {there[stage]:,} there "
+        f"({seen[stage] / there[stage]:.1f} epochs)"
+        for stage in there
+    }

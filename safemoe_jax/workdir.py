@@ -1,0 +1,110 @@
+"""A run's directory: whose it is, what it was made with, and that nobody else is writing to it.
+
+config.json run.json lock metrics.jsonl data/ experts/ router/ controls/ bundle/ evaluation/
+report.html
+"""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from safemoe_jax.config import Config, to_dict
+from safemoe_jax.errors import UserError
+
+# What may differ between two runs in one directory: it decides nothing that is stored.
+_FREE = ("evaluation",)
+
+
+class Workdir:
+    """Paths of one run, held by one process at a time; readable by its owner alone."""
+
+    def __init__(self, root: Path, config: Config) -> None:
+        """Creates or adopts `root`, takes its lock, and writes config.json and run.json.
+
+        Raises:
+          UserError: where another process holds it, it cannot be written to, or it holds a run of
+            another config.
+        """
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            root.chmod(0o700)
+            self._lock = (root / "lock").open("a")
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {root}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is working in {root}; wait for it, or give another --workdir"
+            ) from None
+        self._adopt(config)
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "bundle"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.root / stage / "checkpoints"
+
+    def _adopt(self, config: Config) -> None:
+        values = json.loads(json.dumps(to_dict(config)))
+        path = self.root / "config.json"
+        if path.exists():
+            stored = json.loads(path.read_text())
+            for key, old, new in _differences(stored, values, "config"):
+                if key.split(".")[1] not in _FREE:
+                    raise UserError(
+                        f"{self.root} holds a run with {key} = {old!r}, this one has {new!r}; give "
+                        "another --workdir, or delete that directory"
+                    )
+        write_json(path, values)
+        write_json(self.root / "run.json", _environment())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Replaces a JSON file in one step."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _differences(old: Any, new: Any, path: str):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield path, old, new
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "devices": [str(device) for device in jax.devices()],
+        "versions": {name: metadata.version(name) for name in ("safemoe-jax", *packages)},
+    }
