@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.data.corpus = "pyrit"
     config.data.path = ""
     config.data.domains = DOMAINS
-    config.data.sequence_length = 512
+    config.data.sequence_length = 384
     config.data.unsafe_min_score = 0.5
     config.data.safe_max_score = 0.25
     config.data.informative_min_characters = 200
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.experts = loop(steps=60, rows=1, validate_every=10, save_every=10)
-    config.train.router = loop(steps=100, rows=2, validate_every=10, save_every=20)
+    config.train.router = loop(steps=120, rows=2, validate_every=10, save_every=20)
 
     config.mesh = ConfigDict()
     config.mesh.data = 1

@@ -2,8 +2,8 @@
 
     launch/quickstart.sh
 
-It is far too short to judge the claim, and its report says so; experiments/pyrit.py is the real run.
-Hardware: 2 CPU cores, 8 GiB of memory.
+It is far too short to judge the claim, and its report says so; the real run is
+experiments/pyrit.py. Hardware: 2 CPU cores, 8 GiB of memory.
 """
 
 from ml_collections import ConfigDict
