@@ -92,30 +92,55 @@ class PackedCorpus:
         start = 0
         for segment, item in enumerate(self.plan.row(index)):
             tokens = self.flat_tokens[self.offsets[item] : self.offsets[item + 1]]
-            stop, response = start + len(tokens), start + self.response_starts[item]
-            row["tokens_BT"][start:stop] = tokens
-            row["targets_BT"][start : stop - 1] = tokens[1:]
-            row["loss_mask_BT"][response - 1 : stop - 1] = 1.0
-            row["prompt_mask_BT"][start:response] = True
-            row["positions_BT"][start:stop] = np.arange(len(tokens))
-            row["segment_ids_BT"][start:stop] = segment + 1
             row["example_ids_BS"][segment] = self.example_ids[item]
-            start = stop
+            start = write_segment(row, start, segment + 1, tokens, self.response_starts[item])
         return row
 
     def empty_row(self) -> Batch:
         """A row of padding."""
-        length = self.sequence_length
         return {
-            "tokens_BT": np.zeros(length, np.int32),
-            "targets_BT": np.zeros(length, np.int32),
-            "loss_mask_BT": np.zeros(length, np.float32),
-            "prompt_mask_BT": np.zeros(length, bool),
-            "positions_BT": np.zeros(length, np.int32),
-            "segment_ids_BT": np.zeros(length, np.int32),
+            **empty_tokens((self.sequence_length,)),
             "expert_ids_B": np.int32(0),
             "example_ids_BS": np.full(self.plan.max_segments, -1, np.int32),
         }
+
+
+def empty_tokens(shape: tuple[int, ...]) -> Batch:
+    """What a batch says of each token, for padding alone; `shape` is (T,) or (B, T)."""
+    kinds = {
+        "tokens_BT": np.int32,
+        "targets_BT": np.int32,
+        "loss_mask_BT": np.float32,
+        "prompt_mask_BT": bool,
+        "positions_BT": np.int32,
+        "segment_ids_BT": np.int32,
+    }
+    return {key: np.zeros(shape, kind) for key, kind in kinds.items()}
+
+
+def write_segment(
+    row: Batch, start: int, segment: int, tokens: np.ndarray, response_start: int
+) -> int:
+    """Writes one conversation into a row, in place.
+
+    Args:
+      row: arrays [T] as `empty_tokens` makes them.
+      start: where in the row it begins.
+      segment: its segment id, from 1.
+      tokens: its tokens.
+      response_start: index in `tokens` of the answer's first.
+
+    Returns:
+      Where in the row it ends.
+    """
+    stop, response = start + len(tokens), start + response_start
+    row["tokens_BT"][start:stop] = tokens
+    row["targets_BT"][start : stop - 1] = tokens[1:]
+    row["loss_mask_BT"][response - 1 : stop - 1] = 1.0
+    row["prompt_mask_BT"][start:response] = True
+    row["positions_BT"][start:stop] = np.arange(len(tokens))
+    row["segment_ids_BT"][start:stop] = segment
+    return stop
 
 
 def pack(

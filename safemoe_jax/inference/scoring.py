@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from safemoe_jax.data.chat import ChatFormat, Encoded, Messages
-from safemoe_jax.inference.sampler import bucket
+from safemoe_jax.data.packing import plan
+from safemoe_jax.data.pipeline import empty_tokens, write_segment
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.progress import track
@@ -21,7 +22,11 @@ _TOKENS_AT_ONCE = 4096
 
 
 class Scorer:
-    """Callable: (messages, response) pairs -> log-likelihood of every token of each response."""
+    """Callable: (messages, response) pairs -> log-likelihood of every token of each response.
+
+    Conversations are packed into rows of one length, so that one program is compiled and hardly a
+    token is padding.
+    """
 
     def __init__(
         self,
@@ -57,16 +62,16 @@ class Scorer:
           end-of-turn token included.
         """
         items = [item.cut_to(self._max_length) for item in self._chat.encode_all(list(pairs))]
-        batches = _batches([len(item.tokens) for item in items])
+        lengths = np.array([len(item.tokens) for item in items], np.int64)
+        rows = plan(lengths, np.zeros(len(items), np.int64), self._max_length, seed=0)
+        size = max(1, _TOKENS_AT_ONCE // self._max_length)
         scores: dict[int, np.ndarray] = {}
-        for length, indices in track(batches, total=len(batches), description=description):
-            rows = max(1, _TOKENS_AT_ONCE // length)
-            batch = _batch([items[index] for index in indices], rows, length)
+        starts = range(0, rows.num_rows, size)
+        for start in track(starts, total=len(starts), description=description):
+            members = [rows.row(r) for r in range(start, min(start + size, rows.num_rows))]
+            batch, places = _batch(items, members, size, self._max_length)
             nll_BT = np.asarray(_nll(self._model, self._variables, batch, self._routing))
-            for row, index in enumerate(indices):
-                item = items[index]
-                stop = len(item.tokens) - 1
-                scores[index] = -nll_BT[row, item.response_start - 1 : stop]
+            scores.update({index: -nll_BT[place] for index, place in places.items()})
         return [scores[index] for index in range(len(items))]
 
 
@@ -75,34 +80,17 @@ def _nll(model, variables, batch, routing) -> jax.Array:
     return batch_nll(model, variables, batch, routing)[0]
 
 
-def _batches(lengths: list[int]) -> list[tuple[int, list[int]]]:
-    """Groups rows by padded length -> (padded length, row indices), few enough to fit at once."""
-    by_bucket: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_bucket.setdefault(bucket(length), []).append(index)
-    return [
-        (length, indices[start : start + max(1, _TOKENS_AT_ONCE // length)])
-        for length, indices in sorted(by_bucket.items())
-        for start in range(0, len(indices), max(1, _TOKENS_AT_ONCE // length))
-    ]
-
-
-def _batch(items: list[Encoded], rows: int, length: int) -> dict[str, np.ndarray]:
-    """One conversation per row, right-padded; rows beyond the items are padding."""
-    tokens_BT = np.zeros((rows, length), np.int32)
-    length_B, start_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    for row, item in enumerate(items):
-        tokens_BT[row, : len(item.tokens)] = item.tokens
-        length_B[row], start_B[row] = len(item.tokens), item.response_start
-    place_T = np.arange(length)[None]
-    held_BT = place_T < length_B[:, None]
-    return {
-        "tokens_BT": tokens_BT,
-        "targets_BT": np.pad(tokens_BT[:, 1:], [(0, 0), (0, 1)]),
-        "loss_mask_BT": np.float32(
-            (place_T >= start_B[:, None] - 1) & (place_T < length_B[:, None] - 1)
-        ),
-        "prompt_mask_BT": place_T < start_B[:, None],
-        "positions_BT": np.where(held_BT, place_T, 0).astype(np.int32),
-        "segment_ids_BT": held_BT.astype(np.int32),
-    }
+def _batch(
+    items: Sequence[Encoded], members: Sequence[np.ndarray], rows: int, length: int
+) -> tuple[dict[str, np.ndarray], dict[int, tuple[int, slice]]]:
+    """Packed rows, and where in them the answers' losses stand."""
+    batch, places = empty_tokens((rows, length)), {}
+    for index_in_batch, indices in enumerate(members):
+        row = {key: values[index_in_batch] for key, values in batch.items()}
+        start = 0
+        for segment, index in enumerate(indices.tolist(), start=1):
+            item = items[index]
+            stop = write_segment(row, start, segment, item.tokens, item.response_start)
+            places[index] = (index_in_batch, slice(start + item.response_start - 1, stop - 1))
+            start = stop
+    return batch, places
