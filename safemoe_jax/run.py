@@ -30,6 +30,7 @@ from safemoe_jax.evaluation.likelihood import CachedScorer
 from safemoe_jax.evaluation.report import terminal_table, write_report
 from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment, num_params
+from safemoe_jax.fetch import cache_dir
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Gates, Routed, Routing
@@ -50,6 +51,9 @@ from safemoe_jax.weights.bundle import Bundle, read_bundle, write_bundle
 from safemoe_jax.workdir import write_json
 
 SAFE_LORA = "controls/safe_lora"
+_SHORTEST_SCORED = (
+    512  # tokens; what the judge scores must not be cut where training rows are short
+)
 
 
 def fetch(experiment: Experiment) -> None:
@@ -178,7 +182,9 @@ def evaluate(experiment: Experiment) -> None:
 
     systems, experts = _systems(experiment)
     base = _system(experiment, "base", experiment.model, {}, None)
-    cached = CachedScorer(base.scorer, directory / "likelihoods.npz", experiment.identity["base"])
+    base_sha256 = experiment.identity["base"]
+    # Hashes and numbers only, so other workdirs may use them.
+    cached = CachedScorer(base.scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
     judge = EmbeddedJudge.fit(load_judge_rows(experiment.corpus), cached, seed=config.seed)
     held_out = experiment.corpus.select(splits={"test"})
     judge.measure(held_out)
@@ -192,10 +198,8 @@ def evaluate(experiment: Experiment) -> None:
     )
     results = {
         "rows": judge_answers(rows, judge, config.seed, directory),
-        "nll": likelihood_rows(
-            systems, experiment.safe_informative("test"), experiment.unsafe("test"), config.seed
-        ),
-        "experts": expert_rows(base.scorer, experts, experiment.unsafe("test")),
+        "nll": likelihood_rows(systems, prompts, config.seed),
+        "experts": expert_rows(base.scorer, experts, prompts),
         "judge": {"name": judge.name, **judge.reliability},
         "validity": valid,
         "budget": _budget(experiment),
@@ -315,10 +319,11 @@ def _system(
 ) -> System:
     variables = {"params": experiment.params, **variables}
     chat = experiment.chat
+    longest = max(experiment.config.data.sequence_length, _SHORTEST_SCORED)
     return System(
         name=name,
         sampler=Sampler(model, variables, routing, chat.end_of_turn),
-        scorer=Scorer(model, variables, routing, chat, experiment.config.data.sequence_length),
+        scorer=Scorer(model, variables, routing, chat, longest),
         gated=isinstance(routing, Routed),
     )
 

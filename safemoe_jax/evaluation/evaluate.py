@@ -8,6 +8,7 @@ evaluation/results.json      rows (system, seed, split, benchmark, metric, n, va
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,14 @@ import numpy as np
 
 from safemoe_jax.config import EvaluationConfig
 from safemoe_jax.data.chat import ChatFormat
-from safemoe_jax.data.corpora import Example
 from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.judges import Judge
-from safemoe_jax.evaluation.likelihood import Scorer
 from safemoe_jax.inference.sampler import Sampler
 
 _GATE_DIGITS = 4
+
+PairScorer = Callable[..., list[np.ndarray]]  # `inference.scoring.Scorer`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class System:
 
     name: str
     sampler: Sampler
-    scorer: Callable[..., list[np.ndarray]]
+    scorer: PairScorer
     gated: bool
 
 
@@ -97,42 +98,37 @@ def judge_answers(
 
 
 def likelihood_rows(
-    systems: Sequence[System], safe: Sequence[Example], unsafe: Sequence[Example], seed: int
+    systems: Sequence[System], prompts: Sequence[Prompt], seed: int
 ) -> list[dict[str, Any]]:
-    """NLL per token of human safe and harmful answers to held-out prompts, and the difference.
+    """NLL per token of human safe and harmful answers to the prompts, and the difference.
 
     What a safe system wants is a low NLL of safe answers and a large difference.
+
+    Returns:
+      rows of results.json, in nats per token, over all answers (split "all"); n counts answers.
     """
+    safe = [(prompt, answer) for prompt in prompts for answer in prompt.safe_answers]
+    unsafe = [(prompt, answer) for prompt in prompts for answer in prompt.harmful_answers]
     rows = []
     for system in systems:
-        nll = {
-            name: mean_nll(system.scorer, examples, f"likelihoods of {name}, {system.name}")
-            for name, examples in (("safe", safe), ("unsafe", unsafe))
-        }
+        nll_safe = _mean(_nll(system.scorer, safe, f"safe answers under {system.name}"))
+        nll_unsafe = _mean(_nll(system.scorer, unsafe, f"harmful answers under {system.name}"))
         values = {
-            "nll_safe": (nll["safe"], len(safe)),
-            "nll_unsafe": (nll["unsafe"], len(unsafe)),
-            "nll_difference": (nll["unsafe"] - nll["safe"], len(safe) + len(unsafe)),
+            "nll_safe": (nll_safe, len(safe)),
+            "nll_unsafe": (nll_unsafe, len(unsafe)),
+            "nll_difference": (nll_unsafe - nll_safe, len(safe) + len(unsafe)),
         }
-        for metric, (value, n) in values.items():
-            rows.append(
-                {
-                    "system": system.name,
-                    "seed": seed,
-                    "split": "all",
-                    "benchmark": "held_out",
-                    "metric": metric,
-                    "n": n,
-                    "value": value,
-                    "low": None,
-                    "high": None,
-                }
-            )
+        about = {"system": system.name, "seed": seed, "split": "all", "benchmark": "held_out"}
+        rows += [
+            {**about, "metric": metric, "n": n, "value": value, "low": None, "high": None}
+            for metric, (value, n) in values.items()
+            if not math.isnan(value)
+        ]
     return rows
 
 
 def expert_rows(
-    base: Scorer, experts: Mapping[str, Scorer], unsafe: Sequence[Example]
+    base: PairScorer, experts: Mapping[str, PairScorer], prompts: Sequence[Prompt]
 ) -> list[dict[str, Any]]:
     """What each expert has learnt: NLL of its own domain's held-out harmful answers.
 
@@ -140,38 +136,43 @@ def expert_rows(
       rows {domain, n, base, own, others}: nats per token under the base, under the domain's own
       expert, and the mean over the other experts.
     """
-    rows = []
+    unsafe = [(prompt, answer) for prompt in prompts for answer in prompt.harmful_answers]
+    by_base = _by_domain(base, unsafe, "harmful answers under base")
     by_expert = {
-        name: _nll_by_domain(scorer, unsafe, f"likelihoods, expert {name}")
+        name: _by_domain(scorer, unsafe, f"harmful answers under expert {name}")
         for name, scorer in experts.items()
     }
-    by_base = _nll_by_domain(base, unsafe, "likelihoods, base")
-    for domain in experts:
+    rows = []
+    for domain in by_base:
         others = [nll[domain] for name, nll in by_expert.items() if name != domain]
         rows.append(
             {
                 "domain": domain,
-                "n": sum(example.domain == domain for example in unsafe),
+                "n": sum(prompt.domain == domain for prompt, _ in unsafe),
                 "base": by_base[domain],
                 "own": by_expert[domain][domain],
-                "others": float(np.mean(others)) if others else None,
+                "others": sum(others) / len(others) if others else None,
             }
         )
     return rows
 
 
-def mean_nll(scorer: Callable[..., list], examples: Sequence[Example], description: str) -> float:
-    """Mean over all answer tokens of -log p, in nats."""
-    scores = scorer([(e.messages, e.response) for e in examples], description=description)
-    return -float(np.concatenate(scores).mean())
+def _nll(scorer: PairScorer, asked: Sequence[tuple[Prompt, str]], description: str):
+    """-log p of every answer's tokens, in nats."""
+    pairs = [(prompt.messages, answer) for prompt, answer in asked]
+    return [-score for score in scorer(pairs, description=description)]
 
 
-def _nll_by_domain(scorer, examples: Sequence[Example], description: str) -> dict[str, float]:
-    scores = scorer([(e.messages, e.response) for e in examples], description=description)
+def _by_domain(scorer: PairScorer, asked: Sequence[tuple[Prompt, str]], description: str):
     by_domain: dict[str, list[np.ndarray]] = {}
-    for example, score in zip(examples, scores, strict=True):
-        by_domain.setdefault(example.domain, []).append(score)
-    return {name: -float(np.concatenate(parts).mean()) for name, parts in by_domain.items()}
+    for (prompt, _), nll in zip(asked, _nll(scorer, asked, description), strict=True):
+        by_domain.setdefault(prompt.domain, []).append(nll)
+    return {domain: _mean(parts) for domain, parts in by_domain.items()}
+
+
+def _mean(parts: Sequence[np.ndarray]) -> float:
+    """Mean over all tokens; NaN where there is none."""
+    return float(np.concatenate(parts).mean()) if parts else math.nan
 
 
 def _answers(system, prompts, chat, config, seed, key) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.progress import track
 from safemoe_jax.training.losses import batch_nll
 
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 2048
 
 
 class Scorer:
