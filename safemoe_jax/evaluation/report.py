@@ -44,9 +44,8 @@ METRICS = {
     "srr": "safe response rate",
     "isr": "informative safe rate",
     "refusal_rate": "refusals",
-    "off_topic_rate": "off topic",
+    "on_topic_rate": "on topic",
     "degenerate_rate": "degenerate",
-    "harmful_rate": "judged unsafe",
     "nll_safe": "safe answers",
     "nll_unsafe": "harmful answers",
     "nll_difference": "harmful − safe",  # noqa: RUF001

@@ -74,6 +74,10 @@ def results(*, valid=True, demonstration=True):
     return {
         "rows": rows,
         "nll": likelihoods,
+        "experts": [
+            {"domain": domain, "n": 9, "base": 3.25, "own": 2.625 + j, "others": 3.125}
+            for j, domain in enumerate(DOMAINS)
+        ],
         "judge": {"harm": {"auc": 0.861, "kappa": 0.52, "n": 96}, "refusal": {"f1": 0.93}},
         "validity": [
             validity("shuffled answers", 0.021 if valid else 0.373, 0.05, valid),
@@ -265,6 +269,13 @@ def test_domains_stand_in_a_table_of_their_own(html):
     headline = html[html.index('id="headline"') : html.index('id="validity"')]
     assert headline.count('class="systems"') == 1
     assert "kettles" not in headline
+
+
+def test_each_expert_stands_beside_base_and_the_other_experts(html):
+    row = html[html.index("What each expert has learnt") :].split("<tr>")[3]
+    assert re.findall(r"<t[hd][^>]*>(?:<b>)?([^<]+)", row) == [
+        "ladders", "9", "3.250", "3.625", "3.125",
+    ]  # fmt: skip
 
 
 def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
