@@ -1,0 +1,57 @@
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+from experiments import pyrit, quickstart
+
+from safemoe_jax.config import freeze
+
+FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_experiment_freezes_and_says_how_to_run_it(path):
+    module = importlib.import_module(f"experiments.{path.stem}")
+    config = freeze(module.get_config())
+    assert "Hardware:" in module.__doc__
+    for stage in ("experts", "router"):
+        train = getattr(config.train, stage)
+        warmup_steps = getattr(config.optimizer, stage).warmup_steps
+        assert warmup_steps < train.steps
+        assert train.validate_every <= train.steps
+    assert config.evaluation.systems[:2] == ("base", "safemoe")
+
+
+def test_two_calls_do_not_share_values():
+    changed = pyrit.get_config()
+    changed.train.experts.steps += 1
+    assert pyrit.get_config().train.experts.steps == changed.train.experts.steps - 1
+
+
+def test_quickstart_is_pyrit_cut_short():
+    """Same base, data, experts and router; only lengths, and what follows from them, differ."""
+    quick = freeze(quickstart.get_config())
+    real = freeze(pyrit.get_config())
+    differs = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(quick)
+        if dataclasses.is_dataclass(getattr(quick, section.name))
+        for field in dataclasses.fields(getattr(quick, section.name))
+        if getattr(getattr(quick, section.name), field.name)
+        != getattr(getattr(real, section.name), field.name)
+    }
+    assert differs == {
+        "data.sequence_length",
+        "train.experts",
+        "train.router",
+        "optimizer.experts",
+        "optimizer.router",
+        "evaluation.prompts_per_domain",
+        "evaluation.max_new_tokens",
+        "evaluation.demonstration",
+    }
+    assert quick.evaluation.demonstration
+    assert not real.evaluation.demonstration
+    for stage in ("experts", "router"):
+        assert getattr(quick.train, stage).steps < getattr(real.train, stage).steps
