@@ -12,7 +12,7 @@ def example(number, prompt, response="r", domain="a", split="test", label="safe"
         source="test",
         split=split,
         informative=informative,
-        group=number,
+        group=len(prompt),
     )
 
 
