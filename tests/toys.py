@@ -75,7 +75,7 @@ def toy_variables(model: Transformer, seed: int = 0):
         values = rng.normal(size=leaf.shape)
         if path[-1].key == "scale":
             values = 1 + 0.1 * values
-        elif path[-1].key != "embedding":
+        elif path[-1].key in ("kernel", "a", "b"):
             values *= leaf.shape[-2] ** -0.5
         return jnp.asarray(values.astype(leaf.dtype))
 
