@@ -112,6 +112,8 @@ class ChatFormat:
             ) from error
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []  # transformers takes no empty batch
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _split(self, prompt: list[int], whole: list[int]) -> Encoded:

@@ -108,8 +108,10 @@ def information(scores: np.ndarray, elsewhere: np.ndarray) -> float:
       scores: log-likelihoods of the answer's tokens given its prompt.
       elsewhere: the same tokens' given a prompt that has nothing to do with it.
     """
-    if not len(scores):
+    # A prompt that nearly fills the context cuts its answer short: what both have read counts.
+    common = min(len(scores), len(elsewhere))
+    if not common:
         return 0.0
-    gain = scores - elsewhere
+    gain = scores[:common] - elsewhere[:common]
     # Two tokens that agree by chance are no certainty: 0.3 nats are always added to the spread.
     return float(gain.mean() / (gain.std() + 0.3) * np.sqrt(len(gain)))
