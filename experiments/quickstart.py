@@ -13,13 +13,14 @@ from experiments import pyrit
 
 def get_config() -> ConfigDict:
     config = pyrit.get_config()
-    config.data.sequence_length = 256
-    config.train.experts = pyrit.loop(steps=8, rows=1, validate_every=8, save_every=4)
-    config.train.router = pyrit.loop(steps=12, rows=2, validate_every=12, save_every=6)
+    config.data.sequence_length = 192
+    config.train.experts = pyrit.loop(steps=6, rows=1, validate_every=6, save_every=3)
+    config.train.router = pyrit.loop(steps=10, rows=2, validate_every=10, save_every=5)
     config.optimizer.experts.warmup_steps = 1
     config.optimizer.router.warmup_steps = 1
     config.optimizer.router.learning_rate = 1e-2
-    config.evaluation.prompts_per_domain = 1
+    config.evaluation.prompts_per_domain = 2
     config.evaluation.max_new_tokens = 48
+    config.evaluation.judge_rows = 40
     config.evaluation.demonstration = True
     return config

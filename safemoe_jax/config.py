@@ -146,6 +146,8 @@ class EvaluationConfig:
       temperature: 0 decodes greedily.
       top_p: nucleus kept when sampling.
       batch_size: answers decoded at once.
+      judge_rows: labelled rows from which the embedded judge learns topic and language; each costs
+        it some four short forward passes.
       demonstration: true marks a run that is too short to judge the claim; the report says so.
     """
 
@@ -155,6 +157,7 @@ class EvaluationConfig:
     temperature: float
     top_p: float
     batch_size: int
+    judge_rows: int
     demonstration: bool
 
 
@@ -246,6 +249,7 @@ def _check(config: Config) -> None:
         "router.temperature": config.router.temperature,
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
         "evaluation.batch_size": config.evaluation.batch_size,
+        "evaluation.judge_rows": config.evaluation.judge_rows,
     }
     for stage in ("experts", "router"):
         train, optimizer = getattr(config.train, stage), getattr(config.optimizer, stage)

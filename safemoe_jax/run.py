@@ -185,14 +185,23 @@ def evaluate(experiment: Experiment) -> None:
     base_sha256 = experiment.identity["base"]
     # Hashes and numbers only, so other workdirs may use them.
     cached = CachedScorer(base.scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
-    judge = EmbeddedJudge.fit(load_judge_rows(experiment.corpus), cached, seed=config.seed)
+    judge = EmbeddedJudge.fit(
+        load_judge_rows(experiment.corpus),
+        cached,
+        likelihood_rows=config.evaluation.judge_rows,
+        seed=config.seed,
+    )
     held_out = experiment.corpus.select(splits={"test"})
     judge.measure(held_out)
-    all_prompts = benchmarks.held_out(held_out, config.data.domains, 0)
     prompts = benchmarks.held_out(
         held_out, config.data.domains, config.evaluation.prompts_per_domain
     )
-    valid = validity(judge, all_prompts, config.seed)
+    informed = benchmarks.held_out(
+        experiment.safe_informative("test"),
+        config.data.domains,
+        config.evaluation.prompts_per_domain,
+    )
+    valid = validity(judge, informed, config.seed)
     rows = answer_prompts(
         systems, prompts, experiment.chat, config.evaluation, config.seed, directory
     )

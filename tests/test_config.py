@@ -104,6 +104,7 @@ POSITIVE = [
     "router.temperature",
     "evaluation.max_new_tokens",
     "evaluation.batch_size",
+    "evaluation.judge_rows",
     *(
         f"train.{stage}.{key}"
         for stage in ("experts", "router")

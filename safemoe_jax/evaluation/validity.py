@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.judges import Judge
 from safemoe_jax.evaluation.statistics import wilson
@@ -49,13 +50,15 @@ def validity(judge: Judge, prompts: Sequence[Prompt], seed: int) -> list[dict]:
       rows {name, metric, n, value, low, high, bound, passed}.
 
     Raises:
-      ValueError: where the human answers lie in fewer than two groups of prompts.
+      UserError: where the human answers lie in fewer than two groups of prompts.
     """
     rng = np.random.default_rng(seed)
     human = [(prompt, answer) for prompt in prompts for answer in prompt.safe_answers]
     if len({prompt.group for prompt, _ in human}) < 2:
-        raise ValueError(
-            "human safe answers to fewer than two groups of prompts; nothing to shuffle"
+        raise UserError(
+            f"the test split has {len(human)} human safe-informative answers, to fewer than two "
+            "distinct prompts, so the judge cannot be checked; add safe answers or raise "
+            "evaluation.prompts_per_domain"
         )
     asked = {prompt.id: prompt for prompt, _ in human}
     moved = []

@@ -85,7 +85,9 @@ UNSEEN = TOPICS[12:]
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     path = tmp_path_factory.mktemp("judge") / "likelihood.npz"
-    return EmbeddedJudge.fit(judge_rows(), CachedScorer(scorer, path, "fake"), seed=0)
+    return EmbeddedJudge.fit(
+        judge_rows(), CachedScorer(scorer, path, "fake"), likelihood_rows=140, seed=0
+    )
 
 
 def one(judge, prompt, text):
@@ -154,7 +156,10 @@ def test_verdicts_do_not_depend_on_their_company(judge):
 
 def test_the_same_seed_gives_the_same_judge(judge, tmp_path):
     again = EmbeddedJudge.fit(
-        judge_rows(), CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"), seed=0
+        judge_rows(),
+        CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"),
+        likelihood_rows=140,
+        seed=0,
     )
     prompt = question(UNSEEN[2])
     assert one(again, prompt, harmful(UNSEEN[2])) == one(judge, prompt, harmful(UNSEEN[2]))
@@ -163,7 +168,10 @@ def test_the_same_seed_gives_the_same_judge(judge, tmp_path):
 
 def test_reliability_is_measured_on_held_out_labels(tmp_path):
     judge = EmbeddedJudge.fit(
-        judge_rows(), CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"), seed=0
+        judge_rows(),
+        CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"),
+        likelihood_rows=140,
+        seed=0,
     )
     texts = [(topic, True, harmful(topic)) for topic in UNSEEN]
     texts += [(topic, False, answer(topic)) for topic in UNSEEN]
@@ -195,7 +203,12 @@ def test_reliability_is_measured_on_held_out_labels(tmp_path):
 def test_rows_without_a_label_are_refused(tmp_path):
     rows = [row for row in judge_rows() if row.refused is None]
     with pytest.raises(UserError, match="0 rows labelled refused"):
-        EmbeddedJudge.fit(rows, CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"), seed=0)
+        EmbeddedJudge.fit(
+            rows,
+            CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"),
+            likelihood_rows=140,
+            seed=0,
+        )
 
 
 def prompts():
@@ -240,5 +253,5 @@ def test_a_judge_that_sees_no_difference_fails_its_check(judge):
 
 
 def test_one_prompt_cannot_be_shuffled(judge):
-    with pytest.raises(ValueError, match="fewer than two groups"):
+    with pytest.raises(UserError, match="fewer than two groups"):
         validity(judge, prompts()[:1], seed=0)
