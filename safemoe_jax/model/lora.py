@@ -16,8 +16,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from safemoe_jax.config import ExpertsConfig
+
+# The name by which a remat policy finds the projections' outputs. A policy that looks for matmuls
+# does not see the one inside `frozen_dot`.
+PROJECTED = "projected"
 
 
 @flax.struct.dataclass
@@ -101,7 +106,7 @@ class Projection(nn.Module):
         kernel_DO = self.param("kernel", init, (width, self.features), self.param_dtype)
         y_BTO = frozen_dot(x_BTD, kernel_DO)
         if routing is None or self.name not in self.experts.targets:
-            return y_BTO
+            return checkpoint_name(y_BTO, PROJECTED)
 
         a_EDR = expert_leaf(
             self,
@@ -121,7 +126,7 @@ class Projection(nn.Module):
             mixture_BTO = gathered_mixture(x_BTD, a_EDR, b_ERO, routing.ids_B)
         else:
             mixture_BTO = dense_mixture(x_BTD, a_EDR, b_ERO, routing.gates.astype(x_BTD.dtype))
-        return y_BTO + self.experts.scale * mixture_BTO
+        return checkpoint_name(y_BTO + self.experts.scale * mixture_BTO, PROJECTED)
 
 
 def expert_leaf(module: nn.Module, name: str, init, shape, axes) -> jax.Array:

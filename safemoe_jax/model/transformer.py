@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
 from safemoe_jax.model.attention import at_least_float32, attention, rotary
-from safemoe_jax.model.lora import Gates, Projection, Routed, Routing
+from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -21,7 +21,7 @@ from safemoe_jax.training.state import TrainState, keep_best
 
 
 class Diverged(Exception):
-    """The loss is no number any more."""
+    """The loss or its gradient is no number any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +134,14 @@ class _Log:
         if pending is None:
             return
         values = jax.device_get(pending.metrics)
-        if not np.all(np.isfinite(values["loss"])):
+        # A gradient that overflows spoils the weights while the loss before it is still finite.
+        if not all(np.all(np.isfinite(values[key])) for key in ("loss", "gradient_norm")):
             rows = sorted({int(i) for i in pending.example_ids.ravel() if i >= 0})
             good = self._checkpoints.latest_step
             raise Diverged(
-                f"loss of {self._stage.name} is {values['loss']} at step {pending.step}; its rows "
-                f"(example ids): {rows}; last good checkpoint: "
+                f"loss of {self._stage.name} is {values['loss']} with gradient norm "
+                f"{values['gradient_norm']} at step {pending.step}; its rows (example ids): "
+                f"{rows}; last good checkpoint: "
                 f"{f'step {good}' if good else 'none'}; lower optimizer.*.learning_rate, or look "
                 "at these rows with `safemoe data --show`"
             )

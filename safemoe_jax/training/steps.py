@@ -71,7 +71,7 @@ def expert_train_step(
         expert, opt_state = jax.tree.map(
             lambda new, old: jnp.where(tokens > 0, new, old), new, (expert, opt_state)
         )
-        return expert, opt_state, optax.global_norm(gradient)
+        return expert, opt_state, optax.tree.norm(gradient)
 
     experts, opt_state, norm_E = jax.vmap(
         update, in_axes=(EXPERT_AXIS, 0, EXPERT_AXIS, 0), out_axes=(EXPERT_AXIS, 0, 0)
@@ -121,7 +121,7 @@ def gate_train_step(
     metrics = {
         "loss": loss,
         "tokens": tokens,
-        "gradient_norm": optax.global_norm(gradient),
+        "gradient_norm": optax.tree.norm(gradient),
         "gates": gates_E,
     }
     return state.replace(step=state.step + 1, trainable=router, opt_state=opt_state), metrics
