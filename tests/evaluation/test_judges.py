@@ -253,5 +253,5 @@ def test_a_judge_that_sees_no_difference_fails_its_check(judge):
 
 
 def test_one_prompt_cannot_be_shuffled(judge):
-    with pytest.raises(UserError, match="fewer than two groups"):
+    with pytest.raises(UserError, match="fewer than two distinct"):
         validity(judge, prompts()[:1], seed=0)
