@@ -1,0 +1,159 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_run
+from toys import leaves_equal
+
+from safemoe_jax.training.interruption import Interrupted, signals_noted
+from safemoe_jax.training.loop import Diverged
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    """{(stage, step, split): losses}; fails where one was written twice."""
+    found = {}
+    for row in rows(workdir):
+        key = row["stage"], row["step"], row["split"]
+        assert key not in found, f"{key} is there twice"
+        found[key] = {name: value for name, value in row.items() if name.startswith("loss/")}
+    return found
+
+
+def saved_steps(workdir):
+    """Steps of the checkpoints that are whole."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed, and its workdir."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return toy_run.run(workdir), workdir
+
+
+def same_run(state, workdir, whole):
+    whole_state, whole_workdir = whole
+    assert leaves_equal(state, whole_state)
+    assert losses(workdir) == losses(whole_workdir)
+
+
+def test_what_a_run_leaves_behind(whole):
+    state, workdir = whole
+    assert int(state.step) == 12
+    assert saved_steps(workdir) == [8, 12]
+    keys = {("experts", step, "train") for step in range(1, 13)}
+    keys |= {("experts", step, "validation") for step in (3, 6, 9, 12)}
+    assert losses(workdir).keys() == keys
+    for row in rows(workdir):
+        by_domain = [row["loss/apples"], row["loss/pears"]]
+        np.testing.assert_allclose(row["loss"], np.mean(by_domain), rtol=1e-6)
+        assert (row["split"] == "train") == ("loss_tokens_per_second" in row)
+    validated = np.array(
+        [
+            [row["loss/apples"], row["loss/pears"]]
+            for row in rows(workdir)
+            if "loss_tokens" not in row
+        ]
+    )
+    np.testing.assert_allclose(state.best.loss, validated.min(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(state.best.step, 3 * (1 + validated.argmin(axis=0)))
+
+
+def test_a_killed_run_ends_bit_identical_to_one_that_was_not(whole, tmp_path):
+    script = [sys.executable, toy_run.__file__, str(tmp_path), "11"]
+    tests = str(Path(toy_run.__file__).parent)
+    killed = subprocess.run(
+        script,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # The last save may not be whole: that is what a kill does.
+    assert saved_steps(tmp_path) in ([4], [4, 8])
+    assert ("experts", 9, "train") in losses(tmp_path)
+    first_steps = []
+    state = toy_run.run(tmp_path, before=lambda step, state: first_steps.append(step) or state)
+    assert first_steps[0] in (5, 9)
+    same_run(state, tmp_path, whole)
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(whole, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def terminate(step, state):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    with pytest.raises(Interrupted, match="in experts after step 6 of 12; saved"):
+        toy_run.run(tmp_path, before=terminate)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert saved_steps(tmp_path) == [4, 6]
+    first_steps = []
+    state = toy_run.run(tmp_path, before=lambda step, state: first_steps.append(step) or state)
+    assert first_steps[0] == 7
+    same_run(state, tmp_path, whole)
+
+
+def test_a_second_signal_acts_as_it_always_does():
+    with pytest.raises(KeyboardInterrupt), signals_noted() as flag:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert flag.is_set
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 0.1)
+
+
+def test_a_finished_run_is_left_as_it_is(whole, tmp_path):
+    def never(step, state):
+        raise AssertionError("a step was made")
+
+    state = toy_run.run(whole[1], before=never)
+    same_run(state, whole[1], whole)
+
+
+def ids_of_step(step):
+    iterator = toy_run.batches()
+    for _ in range(step):
+        batch = next(iterator)
+    return sorted({int(number) for number in batch["example_ids_BS"].ravel() if number >= 0})
+
+
+@pytest.mark.parametrize(("spoiled", "good"), [(1, "none"), (7, "step 4"), (8, "step 4")])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, spoiled, good):
+    def spoil(step, state):
+        if step == spoiled:
+            trainable = jax.tree.map(lambda leaf: leaf.at[:, 1].set(jnp.nan), state.trainable)
+            return state.replace(trainable=trainable)
+        return state
+
+    with pytest.raises(Diverged) as raised:
+        toy_run.run(tmp_path, before=spoil)
+    message = str(raised.value)
+    assert re.search(rf"loss of experts is \[\S+ +nan\] .* at step {spoiled};", message), message
+    assert f"(example ids): {ids_of_step(spoiled)};" in message
+    assert f"last good checkpoint: {good};" in message
+    assert saved_steps(tmp_path) == ([] if good == "none" else [4])
+
+
+def test_a_gradient_that_is_no_number_is_not_saved_though_the_loss_is_one(tmp_path):
+    def overflow(step, metrics):
+        spoiled = jnp.array([1.0, jnp.inf]) if step == 8 else metrics["gradient_norm"]
+        return metrics | {"gradient_norm": spoiled}
+
+    with pytest.raises(Diverged, match=r"gradient norm \[ *1\. +inf\] at step 8"):
+        toy_run.run(tmp_path, after=overflow)
+    assert saved_steps(tmp_path) == [4]
