@@ -1,6 +1,7 @@
 """The report: what it shows, what it hides, and that it needs no network."""
 
 import hashlib
+import io
 import json
 import re
 import stat
@@ -342,7 +343,7 @@ def test_a_missing_file_names_itself_and_the_remedy(tmp_path):
 
 
 def render(result):
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=140, record=True, file=io.StringIO())
     console.print(terminal_table(result))
     return console.export_text()
 
