@@ -5,9 +5,15 @@ Exit codes: 0 done; 1 failed; 2 the user's mistake, in one line; 75 interrupted,
 
 import argparse
 import os
+import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 75
 
@@ -25,8 +31,19 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
+    # Outside a training loop, which saves first, SIGTERM ends a verb as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(arguments, rest)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from what is done", EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    # Imported here, so that --help and a mistyped verb need not wait for JAX.
     from safemoe_jax.errors import UserError
     from safemoe_jax.training.interruption import Interrupted
     from safemoe_jax.training.loop import Diverged
@@ -34,28 +51,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _set_up_jax()
         if arguments.verb == "generate":
-            if rest:
-                raise UserError(f"unknown argument {rest[0]}; see `safemoe generate --help`")
-            _generate(arguments)
+            _generate(arguments, rest)
         else:
             _experiment_verb(arguments, rest)
     except UserError as error:
-        print(f"safemoe: {error}", file=sys.stderr)
-        return EXIT_USER
+        return _say(error, EXIT_USER)
     except Diverged as error:
-        print(f"safemoe: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return _say(error, EXIT_FAILED)
     except Interrupted as error:
-        print(f"safemoe: {error}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        print("safemoe: interrupted; the same command goes on from there", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _say(error, EXIT_INTERRUPTED)
     return 0
 
 
+def _say(message: object, exit_code: int) -> int:
+    print(f"safemoe: {message}", file=sys.stderr)
+    return exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER, f"safemoe: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="safemoe",
         description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
         allow_abbrev=False,
@@ -126,20 +147,21 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
 
     config = freeze(_read_config(arguments.config, rest))
     root = arguments.workdir or Path("runs") / arguments.config.stem
-    experiment = Experiment(config, Workdir(root, config))
-    verbs: dict[str, Callable[[], object]] = {
-        "fetch": lambda: run.fetch(experiment),
-        "data": lambda: run.data(experiment, arguments.show),
-        "train-experts": lambda: run.train_experts(experiment),
-        "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
-        "evaluate": lambda: run.evaluate(experiment),
-        "report": lambda: run.report(experiment, arguments.full),
-        "run": lambda: run.run(experiment, arguments.keep_experts),
-    }
-    verbs[arguments.verb]()
+    with Workdir(root, config) as workdir:
+        experiment = Experiment(config, workdir)
+        verbs: dict[str, Callable[[], object]] = {
+            "fetch": lambda: run.fetch(experiment),
+            "data": lambda: run.data(experiment, arguments.show),
+            "train-experts": lambda: run.train_experts(experiment),
+            "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
+            "evaluate": lambda: run.evaluate(experiment),
+            "report": lambda: run.report(experiment, arguments.full),
+            "run": lambda: run.run(experiment, arguments.keep_experts),
+        }
+        verbs[arguments.verb]()
 
 
-def _read_config(path: Path, overrides: Sequence[str]):
+def _read_config(path: Path, overrides: Sequence[str]) -> "ConfigDict":
     """The experiment file's ConfigDict with `--config.key=value` applied."""
     from absl import flags
     from ml_collections import config_flags
@@ -150,20 +172,57 @@ def _read_config(path: Path, overrides: Sequence[str]):
         raise UserError(f"--config {path} is no file; the shipped ones are in experiments/")
     # Experiment files may import one another as `experiments.NAME`.
     sys.path.insert(0, str(path.resolve().parent.parent))
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
     try:
-        left = values(["safemoe", f"--config={path}", *overrides])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(str(error).split())} (in {path} or its overrides)") from error
-    if left[1:]:
-        raise UserError(f"unknown argument {left[1]}; see `safemoe --help`")
-    return config.value
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as error:  # whatever the user's own code raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be read as an experiment ({reason}); correct it") from error
+    for override in overrides:
+        current, values, argv = _current(config, override), flags.FlagValues(), ["", override]
+        try:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+            values(argv)
+        except (flags.Error, TypeError, ValueError) as error:
+            raise UserError(
+                f"{override} does not fit: the value there is {current!r}; give another "
+                f"{type(current).__name__}"
+            ) from error
+    return config
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+def _current(config: "ConfigDict", override: str) -> Any:
+    """The value that `--config.a.b=value` would replace; it must be there."""
+    from ml_collections import ConfigDict
+
+    from safemoe_jax.errors import UserError
+
+    key, equals, _ = override.partition("=")
+    if not key.startswith("--config.") or not equals:
+        raise UserError(
+            f"unknown argument {override!r}; values are changed by --config.KEY=VALUE, for the "
+            "rest see `safemoe --help`"
+        )
+    value: Any = config
+    path = "config"
+    for part in key.split(".")[1:]:
+        known = list(value) if isinstance(value, ConfigDict) else []
+        if part not in known:
+            raise UserError(
+                f"unknown key {path}.{part} in {override}; {path} has "
+                f"{', '.join(known) or 'no keys'}"
+            )
+        value, path = value[part], f"{path}.{part}"
+    if isinstance(value, ConfigDict):
+        raise UserError(f"{override} names a section; set one of its keys: {', '.join(value)}")
+    return value
+
+
+def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from safemoe_jax.errors import UserError
     from safemoe_jax.generate import answer
 
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; see `safemoe generate --help`")
     prompts = arguments.prompt or [sys.stdin.read().strip()]
     answer(
         arguments.bundle,

@@ -1,11 +1,13 @@
 """`safemoe generate`: a bundle answers prompts."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from rich.table import Table
+from rich.text import Text
 
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
@@ -44,12 +46,12 @@ def answer(
     Raises:
       UserError: on a bundle that is refused, an ungated routing without leave, or bad settings.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError(
-            f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}; they "
-            "must be at least 1, at least 0, and in (0, 1]"
+            f"--max-new-tokens is {max_new_tokens}, --temperature {temperature}, --top-p {top_p}; "
+            "they must be at least 1, at least 0, and in (0, 1]"
         )
-    if not all(prompts):
+    if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; give --prompt TEXT, or text on standard input")
     bundle = read_bundle(directory, None)
     domains = bundle.config.data.domains
@@ -74,8 +76,9 @@ def answer(
     )
     for prompt, generation in zip(prompts, answers, strict=True):
         if len(prompts) > 1:
-            console.print(f"[bold]> {prompt}", markup=True)
-        console.print(base.tokenizer.decode(generation.tokens), markup=False)
+            console.out(f"> {prompt}", style="bold", highlight=False)
+        # As it is: not wrapped, and no [markup] or :emoji: read into it.
+        console.out(base.tokenizer.decode(generation.tokens), highlight=False)
         if show_gates and generation.gates_TLE is not None:
             console.print(_gates_table(generation, base.tokenizer, domains))
 
@@ -101,5 +104,5 @@ def _routing(name: str, domains: Sequence[str], allow_ungated: bool) -> Routing:
 def _gates_table(generation: Generation, tokenizer, domains: Sequence[str]) -> Table:
     table = Table("token", *domains, title="gates, mean over layers")
     for token, gates_E in zip(generation.tokens, generation.gates_TLE.mean(axis=1), strict=True):
-        table.add_row(repr(tokenizer.decode([token])), *(f"{gate:+.3f}" for gate in gates_E))
+        table.add_row(Text(repr(tokenizer.decode([token]))), *(f"{gate:+.3f}" for gate in gates_E))
     return table

@@ -24,29 +24,41 @@ _FREE = ("evaluation",)
 
 
 class Workdir:
-    """Paths of one run, held by one process at a time; readable by its owner alone."""
+    """Paths of one run, readable by its owner alone; a context that holds it for one process."""
 
     def __init__(self, root: Path, config: Config) -> None:
+        """Touches nothing yet.
+
+        Args:
+          root: the directory.
+          config: the run's.
+        """
+        self.root, self._config = root, config
+
+    def __enter__(self) -> "Workdir":
         """Creates or adopts `root`, takes its lock, and writes config.json and run.json.
 
         Raises:
           UserError: where another process holds it, it cannot be written to, or it holds a run of
             another config.
         """
-        self.root = root
         try:
-            root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            root.chmod(0o700)
-            self._lock = (root / "lock").open("a")
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.root.chmod(0o700)
+            self._lock = (self.root / "lock").open("a")
         except OSError as error:
-            raise UserError(f"cannot write to --workdir {root}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
             raise UserError(
-                f"another process is working in {root}; wait for it, or give another --workdir"
-            ) from None
-        self._adopt(config)
+                f"cannot write to --workdir {self.root} ({error.strerror}); give another --workdir"
+            ) from error
+        try:
+            self._take()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()  # gives the lock back
 
     @property
     def data(self) -> Path:
@@ -67,11 +79,22 @@ class Workdir:
     def checkpoints(self, stage: str) -> Path:
         return self.root / stage / "checkpoints"
 
-    def _adopt(self, config: Config) -> None:
-        values = json.loads(json.dumps(to_dict(config)))
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is working in {self.root}; wait for it, or give another --workdir"
+            ) from None
+        values = json.loads(json.dumps(to_dict(self._config)))
         path = self.root / "config.json"
         if path.exists():
-            stored = json.loads(path.read_text())
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(
+                    f"{path} is not JSON ({error}); give another --workdir, or delete it"
+                ) from error
             for key, old, new in _differences(stored, values, "config"):
                 if key.split(".")[1] not in _FREE:
                     raise UserError(

@@ -5,6 +5,7 @@ evaluation/answers.jsonl     answers with verdicts and gates; its owner alone ma
 evaluation/results.json      rows (system, seed, split, benchmark, metric, n, value, low, high)
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -68,7 +69,8 @@ def answer_prompts(
         if len(done) != len(prompts):
             done = _answers(system, prompts, chat, config, seed, key)
             with _private(path, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in done)
+                # A line that a kill has cut short must not swallow the next one.
+                file.writelines(f"\n{json.dumps(row)}" for row in done)
         rows += done
     return rows
 
@@ -218,11 +220,12 @@ def _key(system: str, prompts: Sequence[Prompt], config: EvaluationConfig, seed:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    # A kill may have cut the last line short; what is whole counts.
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """Rows of a file of JSON lines; a line that a kill has cut short does not count."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _private(path: Path, mode: str):

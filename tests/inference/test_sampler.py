@@ -153,6 +153,11 @@ def test_an_answer_depends_on_seed_and_index_and_not_on_the_batch():
     assert tokens(generate(prompts, temperature=8.0, batch_size=2, seed=1)) != sampled
 
 
+def test_each_token_is_drawn_anew():
+    """At a temperature that makes all tokens alike, one draw for all steps would repeat a token."""
+    assert all(len(set(answer)) > NEW // 2 for answer in tokens(generate(temperature=1e9)))
+
+
 def test_sampling_becomes_greedy_as_temperature_or_nucleus_shrinks(greedy):
     assert tokens(generate(temperature=1e-4)) == tokens(greedy)
     assert tokens(generate(temperature=5.0, top_p=1e-6)) == tokens(greedy)

@@ -1,0 +1,340 @@
+"""The command line as its user meets it: exit codes, one line on stderr, what --help costs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from toys import toy_variables
+
+from safemoe_jax import cli, generate, run
+from safemoe_jax.config import freeze
+from safemoe_jax.inference.sampler import Generation
+from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.training.loop import Diverged
+from safemoe_jax.weights.base import load_base
+from safemoe_jax.weights.bundle import write_bundle
+from safemoe_jax.workdir import Workdir
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """base/ corpus.jsonl tiny.py, and a bundle/ that was drawn, not trained."""
+    home = tmp_path_factory.mktemp("cli")
+    tiny.write_base(home / "base")
+    tiny.write_corpus(home / "corpus.jsonl")
+    tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
+    config = freeze(cli._read_config(home / "tiny.py", []))
+    base = load_base(config.model.source, config.model.param_dtype)
+    drawn = toy_variables(Transformer.from_config(config, base.spec))
+    write_bundle(
+        home / "bundle",
+        base=base,
+        config=config,
+        experts=drawn["experts"],
+        router=drawn["router"],
+        provenance={"corpus": "none"},
+    )
+    return home
+
+
+@pytest.fixture
+def safemoe(capsys):
+    """Runs a command line -> exit code, stdout, stderr."""
+
+    def safemoe(*argv):
+        try:
+            code = cli.main([str(argument) for argument in argv])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return safemoe
+
+
+@pytest.fixture
+def mistake(safemoe):
+    """Runs a command line that must fail with code 2 and one line -> that line."""
+
+    def mistake(*argv):
+        code, _, err = safemoe(*argv)
+        assert code == 2
+        assert err.startswith("safemoe: ")
+        assert err.count("\n") == 1, err
+        return err.removeprefix("safemoe: ").rstrip("\n")
+
+    return mistake
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "the following arguments are required: VERB; see `safemoe --help`"),
+        (["fly"], r"argument VERB: invalid choice: 'fly' .*; see `safemoe --help`"),
+        (["run"], "the following arguments are required: --config; see `safemoe run --help`"),
+        (["data", "--config", "x", "--show", "many"], "argument --show: invalid int value: 'many'"),
+        (["generate"], "the following arguments are required: --bundle"),
+        (["generate", "--bundle", "x", "--gate"], "unknown argument '--gate'; see `safemoe gen"),
+    ],
+)
+def test_a_mistyped_command(mistake, argv, message):
+    assert re.match(message, mistake(*argv))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "--config.seedd=1",
+            "unknown key config.seedd in --config.seedd=1; config has data, evaluation, experts, "
+            "mesh, model, optimizer, router, seed, train",
+        ),
+        (
+            "--config.mesh.rows=1",
+            "unknown key config.mesh.rows in --config.mesh.rows=1; config.mesh has context, data, "
+            "fsdp, tensor",
+        ),
+        ("--config.seed.x=1", "unknown key config.seed.x in --config.seed.x=1; config.seed has no"),
+        ("--config.seed=abc", "--config.seed=abc does not fit: the value there is 0; give another"),
+        ("--config.seed=1.5", "--config.seed=1.5 does not fit: the value there is 0; give another"),
+        (
+            "--config.mesh=8",
+            "--config.mesh=8 names a section; set one of its keys: context, data, fsdp, tensor",
+        ),
+        ("--config.seed", "unknown argument '--config.seed'; values are changed by --config.KEY="),
+        ("--bogus=1", "unknown argument '--bogus=1'; values are changed by --config.KEY=VALUE"),
+        ("twice", "unknown argument 'twice'; values are changed by"),
+        (
+            "--config.router.activation=relu",
+            "config.router.activation is 'relu'; choose one of 'softmax', 'softmax_null'",
+        ),
+        ("--config.experts.rank=0", "config.experts.rank is 0; it must be greater than 0"),
+        ("--config.mesh.data=64", "config.mesh asks for data 64 x fsdp 1 x tensor 1 x context 1"),
+        ("--config.data.path=/none", "config.data.path '/none' does not exist; name a .jsonl file"),
+        ("--config.model.source=/none", "model source '/none' is no base; give "),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(mistake, home, tmp_path, override, message):
+    line = mistake("train-experts", "--config", home / "tiny.py", "--workdir", tmp_path, override)
+    assert line.startswith(message)
+
+
+def test_overrides_reach_the_config(home):
+    overrides = [
+        "--config.seed=3",
+        "--config.experts.alpha=8",
+        "--config.data.domains=('dogs', 'cats')",
+        "--config.evaluation.demonstration=true",
+    ]
+    config = freeze(cli._read_config(home / "tiny.py", overrides))
+    assert config.seed == 3
+    assert config.experts.alpha == 8.0
+    assert config.data.domains == ("dogs", "cats")
+    assert config.evaluation.demonstration is True
+    assert config.train == freeze(cli._read_config(home / "tiny.py", [])).train
+
+
+def test_a_config_file_that_is_none(mistake, tmp_path):
+    path = tmp_path / "mine.py"
+    where = ("fetch", "--workdir", tmp_path / "run", "--config", path)
+    assert mistake(*where) == f"--config {path} is no file; the shipped ones are in experiments/"
+    path.write_text("def get_config(:")
+    assert f"{path} cannot be read as an experiment (SyntaxError: " in mistake(*where)
+    path.write_text("config = 1")
+    assert f"{path} cannot be read as an experiment (KeyError: 'get_config')" in mistake(*where)
+    path.write_text("def get_config():\n    return {'seed': 0}")
+    assert mistake(*where) == "missing key config.data; add it to the experiment file"
+
+
+def test_a_workdir_that_is_locked_taken_or_not_writable(mistake, home, tmp_path):
+    argv = ("fetch", "--config", home / "tiny.py", "--workdir")
+    root = tmp_path / "run"
+    with Workdir(root, freeze(cli._read_config(home / "tiny.py", []))):
+        assert mistake(*argv, root).startswith(f"another process is working in {root}; wait")
+    line = mistake(*argv, root, "--config.seed=5")
+    assert line.startswith(f"{root} holds a run with config.seed = 0, this one has 5; give another")
+    (tmp_path / "file").write_text("")
+    line = mistake(*argv, tmp_path / "file" / "run")
+    assert line.startswith(f"cannot write to --workdir {tmp_path / 'file' / 'run'} (")
+
+
+def test_what_is_no_ones_mistake_has_another_exit_code(safemoe, home, tmp_path, monkeypatch):
+    argv = ("fetch", "--config", home / "tiny.py", "--workdir", tmp_path)
+    assert safemoe(*argv)[0] == 0
+
+    def diverge(experiment):
+        raise Diverged("loss is nan at step 3")
+
+    monkeypatch.setattr(run, "fetch", diverge)
+    assert safemoe(*argv) == (1, "", "safemoe: loss is nan at step 3\n")
+
+    def fail(experiment):
+        raise RuntimeError("a fault of the package")
+
+    monkeypatch.setattr(run, "fetch", fail)
+    with pytest.raises(RuntimeError):  # keeps its traceback
+        safemoe(*argv)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_of_training_exits_75(safemoe, home, tmp_path, monkeypatch, number):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run, "fetch", lambda experiment: os.kill(os.getpid(), number))
+    code, _, err = safemoe("fetch", "--config", home / "tiny.py", "--workdir", tmp_path)
+    assert code == 75
+    assert err == "safemoe: interrupted; the same command goes on from what is done\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_help_of_every_verb_does_not_wait_for_jax():
+    script = (
+        "import sys\n"
+        "from safemoe_jax.cli import VERBS, main\n"
+        "for verb in [None, *VERBS]:\n"
+        "    try:\n"
+        "        main([verb, '--help'] if verb else ['--help'])\n"
+        "    except SystemExit as exit:\n"
+        "        assert exit.code == 0\n"
+        "assert not {'jax', 'numpy', 'absl'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    for verb, text in cli.VERBS.items():
+        assert f"usage: safemoe {verb}" in done.stdout
+        assert text.split(";")[0] in done.stdout
+
+
+def test_sigterm_then_ctrl_c_then_to_the_end(home, tmp_path):
+    steps = 200
+    command = [sys.executable, "-m", "safemoe_jax.cli", "train-experts"]
+    command += [f"--config={home / 'tiny.py'}", f"--workdir={tmp_path}"]
+    loop = {"steps": steps, "save_every": 1000, "validate_every": 1000}
+    command += [f"--config.train.experts.{key}={value}" for key, value in loop.items()]
+    metrics = tmp_path / "metrics.jsonl"
+
+    def start():
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def trained():
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return [row["step"] for row in map(json.loads, lines) if row["split"] == "train"]
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before, process = len(trained()), start()
+        while len(trained()) < before + 5 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 75, err
+        line = err.splitlines()[-1]
+        assert re.fullmatch(
+            rf"safemoe: interrupted in experts after step \d+ of {steps}; saved, the same command "
+            "goes on from there",
+            line,
+        )
+        assert before < len(trained()) < steps
+
+    process = start()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert trained() == list(range(1, steps + 1))
+
+
+# generate
+
+
+def test_generate_answers_with_gates(safemoe, home):
+    argv = ("generate", "--bundle", home / "bundle", "--max-new-tokens", 8, "--prompt", "Cats?")
+    code, plain, err = safemoe(*argv)
+    assert (code, err) == (0, "")
+    assert len(plain) > 5
+    code, out, _ = safemoe(*argv, "--gates")
+    assert code == 0
+    assert out.startswith(plain)
+    assert "cats" in out
+    assert len(re.findall(r"[+-]0\.\d{3}", out)) == 2 * 8  # two experts, eight tokens
+
+
+def test_generate_prints_an_answer_as_it_is(safemoe, home, monkeypatch):
+    answer = ":dog: [bold]x[/] [/]  " * 20
+    base = load_base(str(home / "base"), "float32")
+
+    def say(self, prompts, **settings):
+        return [Generation(base.tokenizer.encode(answer), True, None) for _ in prompts]
+
+    monkeypatch.setattr(generate.Sampler, "generate", say)
+    code, out, _ = safemoe("generate", "--bundle", home / "bundle", "--prompt", "[/a]")
+    assert (code, out) == (0, answer + "\n")
+    argv = ("--prompt", "[/a]", "--prompt", "b")
+    code, out, _ = safemoe("generate", "--bundle", home / "bundle", *argv)
+    assert (code, out) == (0, f"> [/a]\n{answer}\n> b\n{answer}\n")
+
+
+def test_what_the_router_does_not_gate_needs_leave(safemoe, mistake, home, monkeypatch):
+    argv = ("generate", "--bundle", home / "bundle", "--prompt", "Cats?", "--routing")
+    for routing in ("uniform", "dogs"):
+        line = mistake(*argv, routing)
+        assert line.startswith(f"--routing {routing} lets experts that were trained to be harmful")
+        assert "--allow-ungated" in line
+    assert mistake(*argv, "birds") == (
+        "--routing is 'birds'; choose of router, base, uniform, cats, dogs"
+    )
+    used = []
+
+    def say(self, prompts, **settings):
+        used.append(self._routing)
+        return [Generation([], True, None) for _ in prompts]
+
+    monkeypatch.setattr(generate.Sampler, "generate", say)
+    for routing, gates in (("uniform", [0.5, 0.5]), ("dogs", [0.0, 1.0])):
+        code, out, _ = safemoe(*argv, routing, "--allow-ungated")
+        assert code == 0
+        assert out.startswith(f"ungated: {routing}\n")
+        assert used[-1].gates.tolist() == gates
+    assert safemoe(*argv, "base") == (0, "\n", "")
+    assert used[-1] is None
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("--prompt", ""), "a prompt is empty; give --prompt TEXT, or text on standard input"),
+        (("--prompt", "a", "--prompt", " \n"), "a prompt is empty"),
+        ((), "a prompt is empty"),
+        (("--prompt", "a", "--temperature", "-1"), "--max-new-tokens is 256, --temperature -1.0"),
+        (("--prompt", "a", "--temperature", "nan"), "--max-new-tokens is 256, --temperature nan"),
+        (("--prompt", "a", "--top-p", "0"), "--max-new-tokens is 256, --temperature 0.0, --top-p"),
+        (("--prompt", "a", "--max-new-tokens", "0"), "--max-new-tokens is 0"),
+        (("--prompt", "a" * 500), "prompt 0 has 5"),
+    ],
+)
+def test_generate_with_a_bad_setting(mistake, home, monkeypatch, tmp_path, argv, message):
+    (tmp_path / "nothing").write_text("\n")
+    with (tmp_path / "nothing").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert mistake("generate", "--bundle", home / "bundle", *argv).startswith(message)
+
+
+def test_a_bundle_that_is_missing_or_was_changed(mistake, home, tmp_path):
+    def line(bundle):
+        return mistake("generate", "--bundle", bundle, "--prompt", "a")
+
+    assert line(tmp_path).startswith(f"{tmp_path} is no bundle: it has no manifest.json; give")
+    bundle = tmp_path / "bundle"
+    subprocess.run(["cp", "-r", home / "bundle", bundle], check=True)
+    content = bytearray((bundle / "router.safetensors").read_bytes())
+    content[-1] ^= 1
+    (bundle / "router.safetensors").write_bytes(content)
+    assert line(bundle) == (
+        f"bundle {bundle}: 'router.safetensors' was changed since; make it again"
+    )

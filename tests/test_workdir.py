@@ -1,0 +1,95 @@
+import json
+import re
+
+import pytest
+
+from experiments import pyrit
+from safemoe_jax.config import freeze, to_dict
+from safemoe_jax.errors import UserError
+from safemoe_jax.workdir import Workdir, write_json
+
+
+def config(**changes):
+    values = pyrit.get_config()
+    values.update_from_flattened_dict(changes)
+    return freeze(values)
+
+
+def visit(root, **changes):
+    """One run that does nothing."""
+    with Workdir(root, config(**changes)):
+        pass
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_says_what_the_run_is_and_lets_only_the_owner_in(tmp_path):
+    root = tmp_path / "runs" / "one"
+    visit(root)
+    assert mode(root) == 0o700
+    stored = json.loads((root / "config.json").read_text())
+    assert stored == json.loads(json.dumps(to_dict(config())))
+    environment = json.loads((root / "run.json").read_text())
+    assert environment["versions"]["jax"]
+    assert environment["devices"]
+    assert {path.name for path in root.iterdir()} == {"config.json", "lock", "run.json"}
+
+
+def test_an_open_directory_is_closed_when_adopted(tmp_path):
+    tmp_path.chmod(0o755)
+    visit(tmp_path)
+    assert mode(tmp_path) == 0o700
+
+
+def test_one_process_at_a_time(tmp_path):
+    message = f"another process is working in {tmp_path}; wait for it, or give another --workdir"
+    with Workdir(tmp_path, config()), pytest.raises(UserError, match=re.escape(message)):
+        visit(tmp_path)
+    visit(tmp_path)
+
+
+def test_another_config_is_refused_and_named(tmp_path):
+    visit(tmp_path)
+    message = (
+        f"{tmp_path} holds a run with config.train.router.steps = "
+        f"{config().train.router.steps}, this one has 7; give another --workdir"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        visit(tmp_path, **{"train.router.steps": 7})
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["train"]["router"]["steps"] == config().train.router.steps
+    visit(tmp_path)
+
+
+def test_evaluation_may_change(tmp_path):
+    visit(tmp_path)
+    visit(tmp_path, **{"evaluation.max_new_tokens": 5})
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["evaluation"]["max_new_tokens"] == 5
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = rf"cannot write to --workdir {re.escape(str(root))} \(.+\); give another"
+        with pytest.raises(UserError, match=message):
+            visit(root)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match=r"config\.json is not JSON \(.+\); give another"):
+        visit(tmp_path)
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "values.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert list(tmp_path.iterdir()) == [path]
