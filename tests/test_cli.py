@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -214,39 +215,50 @@ def test_help_of_every_verb_does_not_wait_for_jax():
         assert text.split(";")[0] in done.stdout
 
 
-def test_sigterm_then_ctrl_c_then_to_the_end(home, tmp_path):
+def test_sigterm_then_ctrl_c_then_to_the_end(safemoe, home, tmp_path):
     steps = 200
-    command = [sys.executable, "-m", "safemoe_jax.cli", "train-experts"]
-    command += [f"--config={home / 'tiny.py'}", f"--workdir={tmp_path}"]
+    argv = ["train-experts", f"--config={home / 'tiny.py'}", f"--workdir={tmp_path}"]
     loop = {"steps": steps, "save_every": 1000, "validate_every": 1000}
-    command += [f"--config.train.experts.{key}={value}" for key, value in loop.items()]
+    argv += [f"--config.train.experts.{key}={value}" for key, value in loop.items()]
     metrics = tmp_path / "metrics.jsonl"
-
-    def start():
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
     def trained():
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return [row["step"] for row in map(json.loads, lines) if row["split"] == "train"]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return [row["step"] for row in rows if row["split"] == "train"]
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before, process = len(trained()), start()
-        while len(trained()) < before + 5 and process.poll() is None:
+    def interrupt(pid, number, after):
+        deadline = time.monotonic() + 200
+        while len(trained()) < after and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 75, err
-        line = err.splitlines()[-1]
-        assert re.fullmatch(
-            rf"safemoe: interrupted in experts after step \d+ of {steps}; saved, the same command "
-            "goes on from there",
-            line,
-        )
-        assert before < len(trained()) < steps
+        os.kill(pid, number)
 
-    process = start()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    said = (
+        rf"safemoe: interrupted in experts after step \d+ of {steps}; saved, the same command goes "
+        r"on from there\n"
+    )
+    command = [sys.executable, "-m", "safemoe_jax.cli", *argv]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        interrupt(process.pid, signal.SIGTERM, after=5)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert re.search(said + "$", err)
+    first = trained()
+    assert first == list(range(1, len(first) + 1))
+    assert 5 <= len(first) < steps - 20
+
+    # The same again in this process, which spares it the start of another one.
+    thread = threading.Thread(
+        target=interrupt, args=(os.getpid(), signal.SIGINT, len(first) + 5), daemon=True
+    )
+    thread.start()
+    code, _, err = safemoe(*argv)
+    thread.join()
+    assert code == 75
+    assert re.fullmatch(said, err)
+    assert len(first) < len(trained()) < steps
+
+    assert safemoe(*argv)[0] == 0
     assert trained() == list(range(1, steps + 1))
 
 
