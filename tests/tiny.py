@@ -141,6 +141,7 @@ def get_config():
     config.evaluation.prompts_per_domain = 2
     config.evaluation.max_new_tokens = 8
     config.evaluation.batch_size = 4
+    config.evaluation.judge_rows = 20
     config.evaluation.judge_rows = 40
     return config
 '''

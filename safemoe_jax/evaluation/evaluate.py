@@ -65,8 +65,10 @@ def answer_prompts(
     rows: list[dict[str, Any]] = []
     for system in systems:
         key = _key(system.name, prompts, config, seed)
-        done = [row for row in _read(path) if row["key"] == key]
-        if len(done) != len(prompts):
+        # Asked again after a kill, a prompt may have two answers there; they are the same.
+        kept = {(r["domain"], r["prompt_id"]): r for r in _read(path) if r["key"] == key}
+        done = [kept.get((prompt.domain, prompt.id)) for prompt in prompts]
+        if None in done:
             done = _answers(system, prompts, chat, config, seed, key)
             with _private(path, "a") as file:
                 # A line that a kill has cut short must not swallow the next one.

@@ -1,0 +1,231 @@
+"""The whole pipeline on a tiny base and corpus, through the command line."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from safemoe_jax import cli, run
+from safemoe_jax.evaluation.judges import Verdict
+from safemoe_jax.fetch import cache_dir
+from safemoe_jax.weights.base import load_base
+from safemoe_jax.weights.bundle import read_bundle
+
+
+class StubJudge:
+    """Finds every answer safe."""
+
+    name = "stub"
+
+    def __init__(self):
+        self.reliability = {"harm": {"AUC": 0.5}}
+
+    def judge(self, pairs):
+        return [Verdict(True, False, True, False, 0.1)] * len(pairs)
+
+    def measure(self, held_out):
+        self.reliability["harm"]["held-out answers"] = len(held_out)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A finished run, by the embedded judge, in home/run.
+
+    What is fetched comes from the user's cache; nothing about the tiny base goes into it.
+    """
+    home = tmp_path_factory.mktemp("run")
+    (home / "cache").mkdir()
+    (cache_dir() / "wheels").mkdir(exist_ok=True)
+    (home / "cache" / "wheels").symlink_to(cache_dir() / "wheels")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SAFEMOE_CACHE", str(home / "cache"))
+        # A part of the judge's rows is enough to see it fitted, and much faster.
+        load = run.load_judge_rows
+        monkeypatch.setattr(run, "load_judge_rows", lambda corpus: load(corpus)[::4])
+        yield _finished(home)
+
+
+def _finished(home):
+    tiny.write_base(home / "base")
+    tiny.write_corpus(home / "corpus.jsonl")
+    tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
+    assert safemoe(home, "run") == 0
+    return home
+
+
+def safemoe(home, verb, *overrides, workdir="run"):
+    return cli.main(
+        [verb, "--config", str(home / "tiny.py"), "--workdir", str(home / workdir), *overrides]
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def results(home):
+    return json.loads((home / "run" / "evaluation" / "results.json").read_text())
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_what_a_run_leaves_behind(home):
+    left = {path.name for path in (home / "run").iterdir()}
+    assert left == {
+        "bundle",
+        "config.json",
+        "data",
+        "evaluation",
+        "lock",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+    }  # no experts/ and no router/: what they held is in the bundle
+    assert mode(home / "run") == 0o700
+    assert {path.name for path in (home / "run" / "evaluation").iterdir()} == {
+        "answers.jsonl",
+        "results.json",
+    }
+    assert mode(home / "run" / "evaluation" / "answers.jsonl") == 0o600
+
+
+def test_both_stages_were_trained_and_written_down(home):
+    rows = lines(home / "run" / "metrics.jsonl")
+    for stage in ("experts", "router"):
+        mine = [row for row in rows if row["stage"] == stage]
+        assert [row["step"] for row in mine if row["split"] == "train"] == [1, 2, 3, 4]
+        assert [row["step"] for row in mine if row["split"] == "validation"] == [2, 4]
+    assert {"loss/cats", "loss/dogs"} <= rows[0].keys()
+    assert {"gates/cats", "gates/dogs"} <= rows[-1].keys()
+
+
+def test_the_bundle_is_the_runs(home):
+    identity = load_base(str(home / "base"), "float32").identity
+    bundle = read_bundle(home / "run" / "bundle", identity)
+    assert bundle.config.data.domains == tiny.DOMAINS
+    for name in ("q", "down"):
+        group = "attention" if name == "q" else "mlp"
+        b_LERO = bundle.experts["layers"][group][name]["b"]
+        assert b_LERO.shape[:3] == (2, 2, 2)
+        assert np.abs(b_LERO).max(axis=(0, 2, 3)).min() > 0.0  # every expert has learnt something
+    assert np.abs(bundle.router["layers"]["router"]["kernel"]).max() > 0.0
+    assert bundle.manifest["provenance"]["router_step"] in (2, 4)
+
+
+def test_answers_and_results_agree(home):
+    answers = lines(home / "run" / "evaluation" / "answers.jsonl")
+    assert [(row["system"], row["domain"]) for row in answers] == [
+        (system, domain)
+        for system in ("base", "safemoe")
+        for domain in ("cats",) * 2 + ("dogs",) * 2
+    ]
+    for row in answers:
+        assert row["sha256"] == hashlib.sha256(row["response"].encode()).hexdigest()
+        assert row["messages"][-1]["content"].endswith(row["domain"])
+        assert row["num_tokens"] <= 8
+        assert ("gates" in row) == (row["system"] == "safemoe")
+        if row["system"] == "safemoe":
+            assert len(row["tokens"]) == len(row["gates"]) == row["num_tokens"]
+            assert {len(gates) for gates in row["gates"]} == {2}
+            assert np.shape(row["gates_layers"]) == (2, 2)
+            np.testing.assert_allclose(
+                np.mean(row["gates"], axis=0), np.mean(row["gates_layers"], axis=0), atol=1e-3
+            )
+
+    found = results(home)
+    for system in ("base", "safemoe"):
+        verdicts = [row["verdict"] for row in answers if row["system"] == system]
+        (srr,) = (
+            row
+            for row in found["rows"]
+            if (row["system"], row["split"], row["metric"]) == (system, "all", "srr")
+        )
+        assert srr["n"] == 4
+        assert srr["value"] == np.mean([verdict["safe"] for verdict in verdicts])
+        assert srr["low"] <= srr["value"] <= srr["high"]
+    nll = {(row["system"], row["metric"]): row["value"] for row in found["nll"]}
+    for system in ("base", "safemoe"):
+        difference = nll[system, "nll_unsafe"] - nll[system, "nll_safe"]
+        assert nll[system, "nll_difference"] == pytest.approx(difference)
+    assert [row["domain"] for row in found["experts"]] == list(tiny.DOMAINS)
+    assert found["domains"] == list(tiny.DOMAINS)
+    assert found["judge"]["name"] == "embedded"
+    assert len(found["validity"]) == 5
+
+
+def test_the_report_shows_the_results_and_needs_no_network(home):
+    html = (home / "run" / "report.html").read_text()
+    for text in ("SafeMoE", "cats", "dogs"):
+        assert text in html
+    assert 'src="http' not in html
+
+
+def test_a_second_run_reuses_everything(home, capsys, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("done once is enough")
+
+    monkeypatch.setattr(run, "train", never)
+    monkeypatch.setattr(run.EmbeddedJudge, "fit", never)
+    kept = ["metrics.jsonl", "bundle/manifest.json", "evaluation/answers.jsonl"]
+    kept += ["evaluation/results.json"]
+    before = {name: (home / "run" / name).read_bytes() for name in kept}
+    (home / "run" / "report.html").unlink()
+    assert safemoe(home, "run") == 0
+    assert {name: (home / "run" / name).read_bytes() for name in kept} == before
+    out = capsys.readouterr().out
+    assert "SafeMoE" in out
+    assert (home / "run" / "report.html").exists()
+
+
+def test_another_config_is_one_line_and_exit_code_2(home, capsys):
+    assert safemoe(home, "run", "--config.experts.alpha=9") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"safemoe: {home / 'run'} holds a run with config.experts.alpha = 4.0")
+    assert err.count("\n") == 1
+
+
+def test_other_data_than_the_bundles_is_refused(home, capsys):
+    shutil.copy(home / "corpus.jsonl", home / "kept.jsonl")
+    try:
+        tiny.write_corpus(home / "corpus.jsonl", prompts_per_domain=29)
+        assert safemoe(home, "evaluate") == 2
+    finally:
+        (home / "kept.jsonl").replace(home / "corpus.jsonl")
+    err = capsys.readouterr().err
+    assert f"{home / 'run' / 'bundle'} was trained on corpus " in err
+    assert err.count("\n") == 1
+
+
+def test_only_what_is_evaluated_otherwise_is_done_anew(home, monkeypatch):
+    """The last test of the finished run: its results are of the stub judge afterwards."""
+    metrics = (home / "run" / "metrics.jsonl").read_bytes()
+    fitted = []
+
+    def fit(rows, scorer, **settings):
+        fitted.append(rows)
+        return StubJudge()
+
+    monkeypatch.setattr(run.EmbeddedJudge, "fit", fit)
+    assert safemoe(home, "run", "--config.evaluation.max_new_tokens=4") == 0
+    assert len(fitted) == 1
+    assert (home / "run" / "metrics.jsonl").read_bytes() == metrics
+    answers = lines(home / "run" / "evaluation" / "answers.jsonl")
+    assert {row["num_tokens"] for row in answers} <= {0, 1, 2, 3, 4}
+    assert results(home)["judge"]["name"] == "stub"
+    srr = {row["value"] for row in results(home)["rows"] if row["metric"] == "srr"}
+    assert srr == {1.0}
+
+
+def test_keep_experts_keeps_their_checkpoints(home, monkeypatch):
+    monkeypatch.setattr(run, "train", lambda stage, state, *rest: state)
+    for option, kept in (("--keep-experts", True), (None, False)):
+        workdir = f"keep-{kept}"
+        assert safemoe(home, "train-gate", *filter(None, [option]), workdir=workdir) == 0
+        assert (home / workdir / "bundle" / "manifest.json").is_file()
+        for stage in ("experts", "router"):
+            assert (home / workdir / stage).exists() == kept
