@@ -2,8 +2,8 @@ import json
 import re
 
 import pytest
-from experiments import pyrit
 
+from experiments import pyrit
 from safemoe_jax.config import freeze, to_dict
 from safemoe_jax.errors import UserError
 

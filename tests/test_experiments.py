@@ -3,8 +3,8 @@ import importlib
 from pathlib import Path
 
 import pytest
-from experiments import pyrit, quickstart
 
+from experiments import pyrit, quickstart
 from safemoe_jax.config import freeze
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
