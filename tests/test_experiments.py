@@ -49,6 +49,7 @@ def test_quickstart_is_pyrit_cut_short():
         "optimizer.router",
         "evaluation.prompts_per_domain",
         "evaluation.max_new_tokens",
+        "evaluation.judge_rows",
         "evaluation.demonstration",
     }
     assert quick.evaluation.demonstration
