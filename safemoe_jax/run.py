@@ -118,9 +118,18 @@ def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
       keep_experts: leaves the experts' checkpoints behind; they are hazardous, and the bundle holds
         what is needed of them.
     """
+    if not experiment.workdir.bundle.exists():
+        _train_router(experiment)
+    bundle = _bundle(experiment)  # checked, before what it was made of goes
+    if not keep_experts:
+        for stage in ("experts", "router"):
+            shutil.rmtree(experiment.workdir.checkpoints(stage).parent, ignore_errors=True)
+    return bundle
+
+
+def _train_router(experiment: Experiment) -> None:
+    """Trains the router over the finished experts, and writes both as the bundle."""
     config, train_config = experiment.config, experiment.config.train.router
-    if experiment.workdir.bundle.exists():
-        return _bundle(experiment)
     experts = train_experts(experiment)
     model, frozen = experiment.model, {"params": experiment.params, "experts": experts}
     tx = make_optimizer(config.optimizer.router, train_config.steps)
@@ -144,10 +153,6 @@ def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
         router=jax.device_get(best.trainable),
         provenance={**experiment.identity, "router_step": int(best.step), "seed": config.seed},
     )
-    if not keep_experts:
-        for stage_name in ("experts", "router"):
-            shutil.rmtree(experiment.workdir.checkpoints(stage_name).parent)
-    return _bundle(experiment)
 
 
 def train_safe_lora(experiment: Experiment) -> Any:
@@ -172,7 +177,8 @@ def train_safe_lora(experiment: Experiment) -> Any:
 def evaluate(experiment: Experiment) -> None:
     """Compares the config's systems on held-out prompts and prints the table."""
     config, directory = experiment.config, experiment.workdir.evaluation
-    train_gate(experiment)
+    if not experiment.workdir.bundle.exists():
+        train_gate(experiment)
     key = _evaluation_key(experiment)
     path = directory / "results.json"
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:

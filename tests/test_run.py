@@ -229,3 +229,6 @@ def test_keep_experts_keeps_their_checkpoints(home, monkeypatch):
         assert (home / workdir / "bundle" / "manifest.json").is_file()
         for stage in ("experts", "router"):
             assert (home / workdir / stage).exists() == kept
+    # What a kill, or an earlier --keep-experts, left goes with the next call.
+    assert safemoe(home, "train-gate", workdir="keep-True") == 0
+    assert not (home / "keep-True" / "experts").exists()

@@ -115,5 +115,5 @@ def test_a_checkpoint_holds_what_is_trained_and_never_the_base(open_checkpoints,
     on_disk = sum(path.stat().st_size for path in files)
     # Weights, two moments and the best weights; the rest is what Orbax says of them.
     assert num_bytes(state) < 4.01 * num_bytes(experts)
-    assert on_disk < 4 * num_bytes(experts) + 100_000
+    assert on_disk < 4 * num_bytes(experts) + 200_000
     assert on_disk < num_bytes(leaves["params"]) / 5

@@ -69,6 +69,7 @@ def config(**router):
                 temperature=0.0,
                 top_p=1.0,
                 batch_size=1,
+                judge_rows=1,
                 demonstration=True,
             ),
         )
