@@ -177,7 +177,9 @@ def train_safe_lora(experiment: Experiment) -> Any:
 def evaluate(experiment: Experiment) -> None:
     """Compares the config's systems on held-out prompts and prints the table."""
     config, directory = experiment.config, experiment.workdir.evaluation
-    if not experiment.workdir.bundle.exists():
+    if experiment.workdir.bundle.exists():
+        _bundle(experiment)  # is it of this base and data?
+    else:
         train_gate(experiment)
     key = _evaluation_key(experiment)
     path = directory / "results.json"
