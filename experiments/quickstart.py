@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.optimizer.experts.warmup_steps = 1
     config.optimizer.router.warmup_steps = 1
     config.optimizer.router.learning_rate = 1e-2
-    config.evaluation.prompts_per_domain = 2
+    config.evaluation.prompts_per_domain = 1
     config.evaluation.max_new_tokens = 48
     config.evaluation.judge_rows = 40
     config.evaluation.demonstration = True
