@@ -13,15 +13,23 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, each [B, T, 1, H / 2] in float32, by which `rotary` turns these positions.
+
+    All layers share them, so they are made once, outside the scan over layers.
+    """
+    half = head_dim // 2
+    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1H = positions_BT[..., None, None] * frequency_H[None, None, None]
+    return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+
+
+def rotary(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary position embedding, the "rotate half" form of the Hugging Face checkpoints.
 
     Source: Su et al., RoFormer, arXiv 2104.09864, equation 34, with halves instead of pairs.
     """
-    half = x_BTNH.shape[-1] // 2
-    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1H = positions_BT[..., None, None] * frequency_H[None, None, None]
-    cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+    cos, sin = turn
     first, second = jnp.split(at_least_float32(x_BTNH), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
@@ -41,29 +49,27 @@ def attention(
       k_BTKH: their keys.
       v_BTKH: their values.
       mask_BTT: true where new token t may see new token s.
-      cached: keys [B, C, K, H] and values [B, C, K, H] of earlier tokens, and which slots hold one,
-        [B, C]; or None.
+      cached: keys [B, K, C, H] and values [B, K, C, H] of earlier tokens, and which slots hold one,
+        [B, C]; or None. Heads come first, as the matmuls want them: no step transposes the cache.
 
     Returns:
       [B, T, N, H].
     """
     batch, length, heads, head_dim = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(batch, length, k_BTKH.shape[2], -1, head_dim) * head_dim**-0.5
-    scores = [_scores(q_BTKGH, k_BTKH, mask_BTT[:, None, None])]
+
+    def scores(equation, k, mask):
+        dtype = at_least_float32(q_BTKGH).dtype
+        found = jnp.einsum(equation, q_BTKGH, k, preferred_element_type=dtype)
+        # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
+        return jnp.where(mask, found, jnp.finfo(dtype).min)
+
+    parts = [scores("BTKGH,BSKH->BKGTS", k_BTKH, mask_BTT[:, None, None])]
     if cached is not None:
-        past_k_BCKH, _, filled_BC = cached
-        scores.insert(0, _scores(q_BTKGH, past_k_BCKH, filled_BC[:, None, None, None]))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v_BTKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., -length:], v_BTKH)
+        past_k_BKCH, past_v_BKCH, filled_BC = cached
+        parts.append(scores("BTKGH,BKCH->BKGTC", past_k_BKCH, filled_BC[:, None, None, None]))
+    weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., :length], v_BTKH)
     if cached is not None:
-        past_v_BCKH = cached[1]
-        out_BTKGH += jnp.einsum("BKGTC,BCKH->BTKGH", weights[..., :-length], past_v_BCKH)
+        out_BTKGH += jnp.einsum("BKGTC,BKCH->BTKGH", weights[..., length:], past_v_BKCH)
     return out_BTKGH.reshape(batch, length, heads, head_dim)
-
-
-def _scores(q_BTKGH: jax.Array, k_BSKH: jax.Array, mask: jax.Array) -> jax.Array:
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=at_least_float32(q_BTKGH).dtype
-    )
-    # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
-    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
-from safemoe_jax.model.attention import at_least_float32, attention, rotary
+from safemoe_jax.model.attention import at_least_float32, attention, rotary, rotation
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
@@ -34,15 +34,15 @@ class Cache:
     """What earlier tokens left behind; slot c of a row holds the token at position c.
 
     Attributes:
-      k_LBCKH: keys, rotated.
-      v_LBCKH: values.
+      k_LBKCH: keys, rotated.
+      v_LBKCH: values.
       router_sum_LBS: router logits summed over prompt tokens ("sequence" granularity reads it).
       prompt_B: prompt tokens so far.
       length_B: tokens so far.
     """
 
-    k_LBCKH: jax.Array
-    v_LBCKH: jax.Array
+    k_LBKCH: jax.Array
+    v_LBKCH: jax.Array
     router_sum_LBS: jax.Array
     prompt_B: jax.Array
     length_B: jax.Array
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
 class Context:
     """What all layers share in one pass: positions and masks."""
 
-    positions_BT: jax.Array
+    turn: tuple[jax.Array, jax.Array]  # cosine and sine of the positions, as `rotary` takes them
     mask_BTT: jax.Array
     prompt_mask_BT: jax.Array
     prefix_BTT: jax.Array
@@ -112,14 +112,15 @@ class Attention(nn.Module):
             x = Projection(features, ("embed", axis), name=name, **self.projection)(h_BTD, routing)
             return x.reshape(*x.shape[:-1], -1, spec.head_dim)
 
-        q_BTNH = rotary(project("q", query_dim, "heads"), context.positions_BT, spec.rope_theta)
-        k_BTKH = rotary(project("k", kv_dim, "kv_heads"), context.positions_BT, spec.rope_theta)
+        q_BTNH = rotary(project("q", query_dim, "heads"), context.turn)
+        k_BTKH = rotary(project("k", kv_dim, "kv_heads"), context.turn)
         v_BTKH = project("v", kv_dim, "kv_heads")
         cached = None if past is None else (*past, context.filled_BC)
         mixed_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, context.mask_BTT, cached)
         mixed_BTO = mixed_BTNH.reshape(*mixed_BTNH.shape[:-2], -1)
         out = Projection(spec.embed_dim, ("heads", "embed"), name="o", **self.projection)
-        return out(mixed_BTO, routing), k_BTKH, v_BTKH
+        to_cache = (x_BTKH.swapaxes(1, 2) for x_BTKH in (k_BTKH, v_BTKH))
+        return out(mixed_BTO, routing), *to_cache
 
 
 class MLP(nn.Module):
@@ -168,14 +169,14 @@ class Block(nn.Module):
             gates_BTE = jnp.broadcast_to(routing.gates, (*x_BTD.shape[:2], self.num_experts))
             routing = Gates(gates_BTE)
 
-        mixed_BTD, k_BTKH, v_BTKH = Attention(self.spec, projection, name="attention")(
+        mixed_BTD, k_BKTH, v_BKTH = Attention(self.spec, projection, name="attention")(
             h_BTD, context, past_kv, routing
         )
         x_BTD += mixed_BTD
         h_BTD = RMSNorm(name="mlp_norm", **norm)(x_BTD)
         x_BTD += MLP(self.spec, projection, name="mlp")(h_BTD, routing)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
-        return x_BTD, (k_BTKH, v_BTKH, sum_BS, gates_BTE)
+        return x_BTD, (k_BKTH, v_BKTH, sum_BS, gates_BTE)
 
 
 class Transformer(nn.Module):
@@ -205,7 +206,8 @@ class Transformer(nn.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache with room for `slots` tokens in each of `batch` rows, holding none."""
         spec, layers = self.spec, self.spec.num_layers
-        kv = jnp.zeros((layers, batch, slots, spec.num_kv_heads, spec.head_dim), self.compute_dtype)
+        shape = (layers, batch, spec.num_kv_heads, slots, spec.head_dim)
+        kv = jnp.zeros(shape, self.compute_dtype)
         sums = jnp.zeros((layers, batch, num_slots(self.router, self.num_experts)), jnp.float32)
         none = jnp.zeros(batch, jnp.int32)
         return Cache(kv, kv, sums, prompt_B=none, length_B=none)
@@ -285,13 +287,12 @@ class Transformer(nn.Module):
             sums = jnp.zeros((self.spec.num_layers, batch, slots), jnp.float32)
             past, filled_BC = (None, sums), None
         else:
-            past = ((cache.k_LBCKH, cache.v_LBCKH), cache.router_sum_LBS)
-            slot_C = jnp.arange(cache.k_LBCKH.shape[2])
+            past = ((cache.k_LBKCH, cache.v_LBKCH), cache.router_sum_LBS)
+            slot_C = jnp.arange(cache.k_LBKCH.shape[3])
             filled_BC = slot_C[None, :] < cache.length_B[:, None]
             count_BT += cache.prompt_B[:, None]
-        return past, Context(
-            positions_BT, mask_BTT, prompt_mask_BT, prefix_BTT, count_BT, filled_BC
-        )
+        turn = rotation(positions_BT, self.spec.head_dim, self.spec.rope_theta)
+        return past, Context(turn, mask_BTT, prompt_mask_BT, prefix_BTT, count_BT, filled_BC)
 
 
 class Table(nn.Module):
@@ -308,21 +309,24 @@ class Table(nn.Module):
 
 
 def extend(cache: Cache, new: Cache) -> Cache:
-    """Writes the tokens of one pass behind those in the cache.
+    """Writes the tokens of one pass behind those in the cache, in place where it is donated.
 
-    Row b's new tokens go to slots length_B[b] and on; padding of the new tokens, at their right
-    end, lands in slots that the next write overwrites.
+    Row b's new tokens go to slots length_B[b] and on. Padding of the new tokens, at their right
+    end, lands in slots that the next write overwrites, or past the end, where it is dropped.
     """
-    append = jax.vmap(
-        lambda old_LCKH, new_LTKH, at: jax.lax.dynamic_update_slice_in_dim(
-            old_LCKH, new_LTKH, at, axis=1
-        ),
-        in_axes=(1, 1, 0),
-        out_axes=1,
-    )
+    _, batch, heads, length, _ = new.k_LBKCH.shape
+    row_B11 = jnp.arange(batch)[:, None, None]
+    head_1K1 = jnp.arange(heads)[None, :, None]
+    slot_B1T = (cache.length_B[:, None] + jnp.arange(length)[None])[:, None]
+
+    # One scatter. A dynamic_update_slice mapped over rows is as short, and copies the whole cache
+    # to bring the rows to the front: 100 ms a token against 0.2 on a CPU, B = 32, C = 192.
+    def append(old_LBKCH, new_LBKTH):
+        return old_LBKCH.at[:, row_B11, head_1K1, slot_B1T].set(new_LBKTH)
+
     return Cache(
-        k_LBCKH=append(cache.k_LBCKH, new.k_LBCKH, cache.length_B),
-        v_LBCKH=append(cache.v_LBCKH, new.v_LBCKH, cache.length_B),
+        k_LBKCH=append(cache.k_LBKCH, new.k_LBKCH),
+        v_LBKCH=append(cache.v_LBKCH, new.v_LBKCH),
         router_sum_LBS=new.router_sum_LBS,
         prompt_B=cache.prompt_B + new.prompt_B,
         length_B=cache.length_B + new.length_B,

@@ -1,14 +1,14 @@
 import jax.numpy as jnp
 import numpy as np
 
-from safemoe_jax.model.attention import at_least_float32, attention, rotary
+from safemoe_jax.model.attention import at_least_float32, attention, rotary, rotation
 
 B, T, C, N, K, H = 2, 5, 4, 4, 2, 6
 
 
 def arrays(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, C, K, H), (B, C, K, H)]
+    shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, K, C, H), (B, K, C, H)]
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
@@ -38,7 +38,10 @@ def test_new_tokens_see_the_filled_slots_of_the_cache_and_no_others():
     found = attention(q, k, v, mask, (past_k, past_v, filled))
     whole_mask = np.concatenate([np.repeat(filled[:, None], T, axis=1), mask], axis=2)
     expected = reference(
-        q, np.concatenate([past_k, k], axis=1), np.concatenate([past_v, v], axis=1), whole_mask
+        q,
+        np.concatenate([past_k.swapaxes(1, 2), k], axis=1),
+        np.concatenate([past_v.swapaxes(1, 2), v], axis=1),
+        whole_mask,
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
@@ -60,7 +63,7 @@ def test_scores_of_low_precision_are_computed_in_float32():
 def test_rotary_turns_pairs_of_halves_by_the_position():
     x = np.zeros((1, 3, 1, 4), np.float32)
     x[..., 0], x[..., 1] = 1.0, 1.0
-    found = np.asarray(rotary(x, np.array([[0, 1, 7]]), theta=100.0))[0, :, 0]
+    found = np.asarray(rotary(x, rotation(np.array([[0, 1, 7]]), 4, 100.0)))[0, :, 0]
     # Pairs are (0, 2) and (1, 3); their frequencies 1 and 100 ** -1/2.
     expected = [[np.cos(p), np.cos(p / 10), np.sin(p), np.sin(p / 10)] for p in (0, 1, 7)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
@@ -70,8 +73,8 @@ def test_scores_after_rotary_depend_on_the_distance_alone():
     q, k, _, _, _ = arrays()
 
     def scores(shift):
-        positions = np.arange(T)[None] + shift
-        turned = [np.asarray(rotary(x, positions, theta=50.0)) for x in (q[:1, :, :K], k[:1])]
+        turn = rotation(np.arange(T)[None] + shift, H, 50.0)
+        turned = [np.asarray(rotary(x, turn)) for x in (q[:1, :, :K], k[:1])]
         return np.einsum("BTKH,BSKH->BKTS", *turned)
 
     np.testing.assert_allclose(scores(0), scores(9), rtol=0, atol=1e-4)

@@ -1,0 +1,89 @@
+"""Expert training at equal shapes: one expert, rank 32 on q, k, v, 8 rows of 256 tokens.
+
+    python benchmarks/expert_training.py [--rounds N]
+
+Against PEFT's LoRA in float32 and bfloat16. Rows are full, so nobody gains by packing. Two
+losses: on every token, and on answers only, which is what stage one trains.
+"""
+
+import functools
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from common import PEERS, in_turn, median, peer_python, report, rounds_argument, side, table
+from inputs import base_file, config, experiment, full_rows, read_corpus, write_corpus
+from safemoe_jax.training.state import init_expert_state, make_optimizer
+from safemoe_jax.training.steps import expert_train_step
+
+ROWS, LENGTH, RANK, STEPS = 8, 256, 32, 4
+
+
+def ours(path: str) -> None:
+    """Our side: the train step on one batch from a file."""
+    of = config(
+        data__domains=("violence",),
+        experts__targets=("q", "k", "v"),
+        experts__rank=RANK,
+        experts__alpha=2.0 * RANK,
+    )
+    with tempfile.TemporaryDirectory() as directory, np.load(path) as batch:
+        run = experiment(of, directory)
+        tx = make_optimizer(of.optimizer.experts, of.train.experts.steps)
+        step = functools.partial(expert_train_step, model=run.model, tx=tx, accumulation=1)
+        step = jax.jit(step, donate_argnums=0)
+        state = init_expert_state(run.init(run.model, "experts"), tx)
+        frozen, batch = {"params": run.params}, jax.device_put(dict(batch))
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready(metrics)
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            state, metrics = step(state, frozen, batch)
+        jax.block_until_ready(metrics)
+        report({"tokens_per_second": STEPS * ROWS * LENGTH / (time.perf_counter() - start)})
+
+
+def main() -> None:
+    rounds = rounds_argument(__doc__).parse_args().rounds
+    python = peer_python("peft", "peft==0.21.2")
+    lines = []
+    with tempfile.TemporaryDirectory() as directory:
+        corpus = Path(directory) / "corpus.npz"
+        write_corpus(corpus, per_domain=16)
+        items, _ = read_corpus(corpus)
+        for loss, all_tokens in (("every token", True), ("answers", False)):
+            batch = Path(directory) / f"{all_tokens}.npz"
+            np.savez(batch, **full_rows(items, ROWS, LENGTH, all_tokens=all_tokens))
+            peft = functools.partial(side, python, PEERS / "peft_lora.py", base_file(), batch)
+            results = in_turn(
+                {
+                    "ours, float32": side(sys.executable, Path(__file__), "ours", batch),
+                    "PEFT, float32": peft("float32", RANK, STEPS),
+                    "PEFT, bfloat16": peft("bfloat16", RANK, STEPS),
+                },
+                rounds,
+            )
+            mine = median(results["ours, float32"], "tokens_per_second")
+            memory = median(results["ours, float32"], "peak_bytes")
+            for name, result in results.items():
+                speed, peak = median(result, "tokens_per_second"), median(result, "peak_bytes")
+                lines.append(
+                    (
+                        loss,
+                        name,
+                        f"{speed:.0f}",
+                        f"{mine / speed:.2f}",
+                        f"{peak / 2**30:.2f}",
+                        f"{memory / peak:.2f}",
+                    )
+                )
+    columns = ("loss on", "side", "tokens/s", "ours / it", "peak RSS, GiB", "ours / it")
+    table("Expert training, equal shapes, one expert", columns, lines)
+
+
+if __name__ == "__main__":
+    ours(sys.argv[2]) if sys.argv[1:2] == ["ours"] else main()
