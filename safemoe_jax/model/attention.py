@@ -71,5 +71,8 @@ def attention(
     weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., :length], v_BTKH)
     if cached is not None:
-        out_BTKGH += jnp.einsum("BKGTC,BKCH->BTKGH", weights[..., length:], past_v_BKCH)
+        past_BKXC = weights[..., length:].reshape(*past_v_BKCH.shape[:2], -1, past_v_BKCH.shape[2])
+        out_BKXH = past_BKXC @ past_v_BKCH
+        out_BKGTH = out_BKXH.reshape(*weights.shape[:-1], head_dim)
+        out_BTKGH += jnp.moveaxis(out_BKGTH, 3, 1)
     return out_BTKGH.reshape(batch, length, heads, head_dim)
