@@ -115,8 +115,8 @@ def likelihood_rows(
     unsafe = [(prompt, answer) for prompt in prompts for answer in prompt.harmful_answers]
     rows = []
     for system in systems:
-        nll_safe = _mean(_nll(system.scorer, safe, f"safe answers under {system.name}"))
-        nll_unsafe = _mean(_nll(system.scorer, unsafe, f"harmful answers under {system.name}"))
+        nll = _nll(system.scorer, safe + unsafe, f"human answers under {system.name}")
+        nll_safe, nll_unsafe = _mean(nll[: len(safe)]), _mean(nll[len(safe) :])
         values = {
             "nll_safe": (nll_safe, len(safe)),
             "nll_unsafe": (nll_unsafe, len(unsafe)),
