@@ -2,49 +2,36 @@
 
     python benchmarks/expert_training.py [--rounds N]
 
-Against PEFT's LoRA in float32 and bfloat16. Rows are full, so nobody gains by packing. Two
-losses: on every token, and on answers only, which is what stage one trains.
+Against PEFT's LoRA in float32 and bfloat16: tokens per second and peak memory. Rows are full, so
+nobody gains by packing. Two losses: on every token, and on answers only, which is what stage one
+trains.
 """
 
 import functools
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
-
 from common import PEERS, in_turn, median, peer_python, report, rounds_argument, side, table
 from inputs import base_file, config, experiment, full_rows, read_corpus, write_corpus
-from safemoe_jax.training.state import init_expert_state, make_optimizer
-from safemoe_jax.training.steps import expert_train_step
+from ours import Training, seconds
 
 ROWS, LENGTH, RANK, STEPS = 8, 256, 32, 4
 
 
 def ours(path: str) -> None:
-    """Our side: the train step on one batch from a file."""
     of = config(
         data__domains=("violence",),
         experts__targets=("q", "k", "v"),
         experts__rank=RANK,
         experts__alpha=2.0 * RANK,
     )
-    with tempfile.TemporaryDirectory() as directory, np.load(path) as batch:
-        run = experiment(of, directory)
-        tx = make_optimizer(of.optimizer.experts, of.train.experts.steps)
-        step = functools.partial(expert_train_step, model=run.model, tx=tx, accumulation=1)
-        step = jax.jit(step, donate_argnums=0)
-        state = init_expert_state(run.init(run.model, "experts"), tx)
-        frozen, batch = {"params": run.params}, jax.device_put(dict(batch))
-        state, metrics = step(state, frozen, batch)
-        jax.block_until_ready(metrics)
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            state, metrics = step(state, frozen, batch)
-        jax.block_until_ready(metrics)
-        report({"tokens_per_second": STEPS * ROWS * LENGTH / (time.perf_counter() - start)})
+    with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
+        training = Training(experiment(of, directory), "experts")
+        batch = jax.device_put(dict(file))
+        report({"tokens_per_second": ROWS * LENGTH / seconds(lambda: training.run(batch), STEPS)})
 
 
 def main() -> None:
@@ -71,15 +58,9 @@ def main() -> None:
             memory = median(results["ours, float32"], "peak_bytes")
             for name, result in results.items():
                 speed, peak = median(result, "tokens_per_second"), median(result, "peak_bytes")
+                gib = f"{peak / 2**30:.2f}"
                 lines.append(
-                    (
-                        loss,
-                        name,
-                        f"{speed:.0f}",
-                        f"{mine / speed:.2f}",
-                        f"{peak / 2**30:.2f}",
-                        f"{memory / peak:.2f}",
-                    )
+                    (loss, name, f"{speed:.0f}", f"{mine / speed:.2f}", gib, f"{memory / peak:.2f}")
                 )
     columns = ("loss on", "side", "tokens/s", "ours / it", "peak RSS, GiB", "ours / it")
     table("Expert training, equal shapes, one expert", columns, lines)

@@ -12,7 +12,7 @@ import numpy as np
 
 from safemoe_jax.config import Config, freeze
 from safemoe_jax.data.chat import Encoded
-from safemoe_jax.data.pipeline import Batch, write_segment, empty_tokens
+from safemoe_jax.data.pipeline import Batch, empty_tokens, write_segment
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.weights.base import fetch_base
 from safemoe_jax.workdir import Workdir

@@ -52,8 +52,13 @@ class _Decoding:
 
 
 def bucket(length: int) -> int:
-    """The padded length for `length` tokens: a power of two, so that few shapes are compiled."""
-    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    """The padded length for `length` tokens, so that few shapes are compiled.
+
+    Eight lengths between a power of two and the next: an eighth of padding at most, where every
+    padded token costs prefill, and every padded slot a read of the cache for each new token.
+    """
+    step = max(_SMALLEST_BUCKET, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
 
 
 class Sampler:

@@ -1,0 +1,58 @@
+"""Greedy decoding at batch 32: seven experts of rank 32 on q, k, v, the router on.
+
+    python benchmarks/decode.py [--rounds N]
+
+Against our own bare base, transformers' generate of the bare base, and PEFT's X-LoRA, which can
+use no KV cache. Prompts have 64 tokens; prefill is not counted, except for X-LoRA, which does all
+of it again for each token and is given the fewest.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from common import PEERS, in_turn, median, peer_python, report, rounds_argument, side, table
+from inputs import base_file, config, experiment
+from ours import decode_seconds
+
+BATCH, PROMPT, NEW, NEW_XLORA, RANK, EXPERTS = 32, 64, 64, 4, 32, 7
+
+
+def ours(path: str, what: str) -> None:
+    of = config(experts__targets=("q", "k", "v"), experts__rank=RANK, experts__alpha=2.0 * RANK)
+    with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
+        run = experiment(of, directory)
+        seconds = decode_seconds(run, file["tokens"], NEW, gated=what == "gated")
+        report({"tokens_per_second": BATCH / seconds})
+
+
+def main() -> None:
+    rounds = rounds_argument(__doc__).parse_args().rounds
+    python = peer_python("peft", "peft==0.21.2")
+    with tempfile.TemporaryDirectory() as directory:
+        prompts = Path(directory) / "prompts.npz"
+        tokens = np.random.default_rng(0).integers(100, 40_000, (BATCH, PROMPT))
+        np.savez(prompts, tokens=tokens, mask=np.ones_like(tokens))
+        xlora = (PEERS / "xlora.py", "generate", base_file(), prompts, EXPERTS, RANK, NEW_XLORA)
+        results = in_turn(
+            {
+                "ours, gated": side(sys.executable, Path(__file__), "ours", prompts, "gated"),
+                "ours, bare base": side(sys.executable, Path(__file__), "ours", prompts, "base"),
+                "transformers, bare base": side(
+                    python, PEERS / "generate.py", base_file(), prompts, NEW
+                ),
+                "X-LoRA": side(python, *xlora),
+            },
+            rounds,
+        )
+    gated = median(results["ours, gated"], "tokens_per_second")
+    lines = []
+    for name, result in results.items():
+        speed = median(result, "tokens_per_second")
+        lines.append((name, f"{speed:.1f}", f"{gated / speed:.2f}"))
+    table("Decoding, batch 32", ("side", "new tokens/s", "ours, gated / it"), lines)
+
+
+if __name__ == "__main__":
+    ours(*sys.argv[2:]) if sys.argv[1:2] == ["ours"] else main()

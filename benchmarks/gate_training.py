@@ -1,0 +1,56 @@
+"""Gate training: seven experts of rank 32 on q, k, v, a scaling for each layer and expert.
+
+    python benchmarks/gate_training.py [--rounds N]
+
+Against PEFT's X-LoRA with layerwise scalings and a linear classifier. 8 full rows of 256 tokens of
+safe answers.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from common import PEERS, in_turn, median, peer_python, report, rounds_argument, side, table
+from inputs import base_file, config, experiment, full_rows, read_corpus, write_corpus
+from ours import Training, seconds
+
+ROWS, LENGTH, RANK, EXPERTS, STEPS = 8, 256, 32, 7, 3
+
+
+def ours(path: str) -> None:
+    of = config(experts__targets=("q", "k", "v"), experts__rank=RANK, experts__alpha=2.0 * RANK)
+    assert len(of.data.domains) == EXPERTS
+    with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
+        training = Training(experiment(of, directory), "router")
+        batch = jax.device_put(dict(file))
+        report({"tokens_per_second": ROWS * LENGTH / seconds(lambda: training.run(batch), STEPS)})
+
+
+def main() -> None:
+    rounds = rounds_argument(__doc__).parse_args().rounds
+    python = peer_python("peft", "peft==0.21.2")
+    with tempfile.TemporaryDirectory() as directory:
+        corpus, batch = Path(directory) / "corpus.npz", Path(directory) / "batch.npz"
+        write_corpus(corpus, per_domain=20, safe=True)
+        items, _ = read_corpus(corpus)
+        np.savez(batch, **full_rows(items, ROWS, LENGTH, all_tokens=False))
+        peer = PEERS / "xlora.py"
+        results = in_turn(
+            {
+                "ours": side(sys.executable, Path(__file__), "ours", batch),
+                "X-LoRA": side(python, peer, "train", base_file(), batch, EXPERTS, RANK, STEPS),
+            },
+            rounds,
+        )
+    mine = median(results["ours"], "tokens_per_second")
+    lines = []
+    for name, result in results.items():
+        speed = median(result, "tokens_per_second")
+        lines.append((name, f"{speed:.0f}", f"{mine / speed:.2f}"))
+    table("Gate training, seven experts", ("side", "tokens/s", "ours / it"), lines)
+
+
+if __name__ == "__main__":
+    ours(sys.argv[2]) if sys.argv[1:2] == ["ours"] else main()

@@ -1,0 +1,70 @@
+"""TRL's SFTTrainer with packing: one LoRA after the other, an epoch of each corpus.
+
+Arguments: gguf corpus.npz rank rows length. Without a flash-attention kernel, which CPUs lack, TRL's
+packing lets conversations of a row see each other; it is timed as it is.
+"""
+
+import os
+import sys
+import tempfile
+import time
+
+import numpy as np
+from base import load, report
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+gguf, path, rank, rows, length = sys.argv[1:]
+lora = LoraConfig(
+    r=int(rank),
+    lora_alpha=2 * int(rank),
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    task_type="CAUSAL_LM",
+)
+with np.load(path) as file:
+    tokens, offsets, starts, streams = (
+        file[key] for key in ("tokens", "offsets", "starts", "streams")
+    )
+tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(gguf), gguf_file=os.path.basename(gguf))
+
+
+def dataset(stream: int) -> Dataset:
+    mine = np.flatnonzero(streams == stream)
+    items = [tokens[offsets[i] : offsets[i + 1]].tolist() for i in mine]
+    masks = [
+        [int(place >= starts[i]) for place in range(len(item))]
+        for i, item in zip(mine, items, strict=True)
+    ]
+    return Dataset.from_dict({"input_ids": items, "completion_mask": masks})
+
+
+took = 0.0
+for stream in sorted(set(streams.tolist())):
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = SFTTrainer(
+            model=load(gguf, "float32"),
+            args=SFTConfig(
+                output_dir=directory,
+                packing=True,
+                max_length=int(length),
+                per_device_train_batch_size=int(rows),
+                num_train_epochs=1,
+                completion_only_loss=True,
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=dataset(stream),
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+        start = time.perf_counter()
+        trainer.train()
+        took += time.perf_counter() - start
+report(examples_per_second=len(streams) / took)
