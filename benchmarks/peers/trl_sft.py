@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with packing: one LoRA after the other, an epoch of each corpus.
 
-Arguments: gguf corpus.npz rank rows length. Without a flash-attention kernel, which CPUs lack, TRL's
+Arguments: gguf corpus.npz rank rows length. Without a flash-attention kernel, which CPUs lack, its
 packing lets conversations of a row see each other; it is timed as it is.
 """
 

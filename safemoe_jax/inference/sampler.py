@@ -54,8 +54,8 @@ class _Decoding:
 def bucket(length: int) -> int:
     """The padded length for `length` tokens, so that few shapes are compiled.
 
-    Eight lengths between a power of two and the next: an eighth of padding at most, where every
-    padded token costs prefill, and every padded slot a read of the cache for each new token.
+    Four lengths from a power of two to the next, where powers alone would do: every padded token
+    costs prefill, and every padded slot is read again for each new token.
     """
     step = max(_SMALLEST_BUCKET, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step

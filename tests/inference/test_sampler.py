@@ -128,9 +128,10 @@ def test_an_answer_stops_at_end_of_turn_and_the_loop_once_all_have(greedy, monke
 
 
 @pytest.mark.parametrize(
-    "length, padded", [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (1000, 1024)]
+    "length, padded",
+    [(1, 64), (64, 64), (65, 128), (129, 192), (295, 320), (513, 640), (900, 1024)],
 )
-def test_buckets_are_powers_of_two(length, padded):
+def test_four_buckets_from_a_power_of_two_to_the_next_and_none_under_64(length, padded):
     assert bucket(length) == padded
 
 
