@@ -33,7 +33,7 @@ def ours() -> None:
             for example in [e for e in run.unsafe("train") if e.domain == domain][:PER_DOMAIN]
         ]
         batches = train_iterator(run.packed(examples, by_domain=True), of.train.experts.rows, 0)
-        training = Training(run, "experts")
+        training = Training(run.model, of, "experts", run.params)
         training.run(put_batch(run.mesh, next(batches)))
         seen, start = 0, time.perf_counter()
         for _ in range(STEPS):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from common import PEERS, in_turn, median, peer_python, report, rounds_argument, side, table
 from inputs import base_file, config, experiment
-from ours import decode_seconds
+from ours import decode_seconds, drawn
 
 BATCH, PROMPT, NEW, NEW_XLORA, RANK, EXPERTS = 32, 64, 64, 4, 32, 7
 
@@ -23,7 +23,10 @@ def ours(path: str, what: str) -> None:
     of = config(experts__targets=("q", "k", "v"), experts__rank=RANK, experts__alpha=2.0 * RANK)
     with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
         run = experiment(of, directory)
-        seconds = decode_seconds(run, file["tokens"], NEW, gated=what == "gated")
+        variables = {"params": run.params}
+        if what == "gated":
+            variables |= drawn(run.model, "experts", "router")
+        seconds = decode_seconds(run.model, variables, file["tokens"], NEW)
         report({"tokens_per_second": BATCH / seconds})
 
 

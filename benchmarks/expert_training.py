@@ -29,7 +29,8 @@ def ours(path: str) -> None:
         experts__alpha=2.0 * RANK,
     )
     with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
-        training = Training(experiment(of, directory), "experts")
+        run = experiment(of, directory)
+        training = Training(run.model, of, "experts", run.params)
         batch = jax.device_put(dict(file))
         report({"tokens_per_second": ROWS * LENGTH / seconds(lambda: training.run(batch), STEPS)})
 

@@ -23,7 +23,8 @@ def ours(path: str) -> None:
     of = config(experts__targets=("q", "k", "v"), experts__rank=RANK, experts__alpha=2.0 * RANK)
     assert len(of.data.domains) == EXPERTS
     with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
-        training = Training(experiment(of, directory), "router")
+        run = experiment(of, directory)
+        training = Training(run.model, of, "router", run.params)
         batch = jax.device_put(dict(file))
         report({"tokens_per_second": ROWS * LENGTH / seconds(lambda: training.run(batch), STEPS)})
 

@@ -30,7 +30,7 @@ def main() -> None:
         tokens = sum(next(batches)["tokens_BT"].size for _ in range(BATCHES))
         yields = tokens / (time.perf_counter() - start)
 
-        training = Training(run, "experts")
+        training = Training(run.model, of, "experts", run.params)
         training.run(put_batch(run.mesh, next(batches)))
         waits, start = [], time.perf_counter()
         for _ in range(STEPS):

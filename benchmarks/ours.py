@@ -1,46 +1,65 @@
-"""Our side of the comparisons: both train steps and decoding, on the embedded base.
-
-Every function makes a model of the given shape and returns a closure that does the work once.
-"""
+"""Our side of the comparisons: both train steps, and decoding."""
 
 import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safemoe_jax.experiment import Experiment
+from safemoe_jax.config import Config
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.training.state import init_expert_state, init_router_state, make_optimizer
 from safemoe_jax.training.steps import expert_train_step, gate_train_step
 
+STAGES = {
+    "experts": (expert_train_step, init_expert_state, ("params",)),
+    "router": (gate_train_step, init_router_state, ("params", "experts")),
+}
+
+
+def drawn(model: Transformer, *collections: str) -> dict[str, Any]:
+    """Collections at random, with no zero among them: every expert takes part, as once trained."""
+    one = jnp.ones((1, 1), jnp.int32)
+    key = jax.random.key(0)
+
+    def make():
+        rngs = dict.fromkeys(("params", "experts", "router"), key)
+        tree = nn.unbox(model.init(rngs, one, one, one, one, Routed()))
+        leaves, structure = jax.tree.flatten({name: tree[name] for name in collections})
+        keys = jax.random.split(key, len(leaves))
+        new = [
+            (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, new)
+
+    return jax.jit(make)()
+
 
 class Training:
-    """A jitted train step and all that it needs; `run(batch)` does one step."""
+    """A stage's jitted train step with all that it needs; `run(batch)` does one step."""
 
-    def __init__(self, run: Experiment, stage: str) -> None:
+    def __init__(self, model: Transformer, config: Config, stage: str, params: Any) -> None:
         """
         Args:
-          run: whose model is trained; experts of stage two are drawn, not trained.
+          model: the transformer.
+          config: whose optimizer is used.
           stage: "experts" or "router".
+          params: the frozen base.
         """
-        config, model = run.config, run.model
-        optimizer = getattr(config.optimizer, stage)
-        tx = make_optimizer(optimizer, getattr(config.train, stage).steps)
-        step = {"experts": expert_train_step, "router": gate_train_step}[stage]
-        self._step = jax.jit(
-            functools.partial(step, model=model, tx=tx, accumulation=1), donate_argnums=0
-        )
-        self._frozen = {"params": run.params}
-        if stage == "experts":
-            self._state = init_expert_state(run.init(model, "experts"), tx)
-        else:
-            self._frozen["experts"] = drawn_experts(run)
-            self._state = init_router_state(run.init(model, "router"), tx)
+        step, begin, frozen = STAGES[stage]
+        tx = make_optimizer(getattr(config.optimizer, stage), getattr(config.train, stage).steps)
+        step = functools.partial(step, model=model, tx=tx, accumulation=1)
+        self._step = jax.jit(step, donate_argnums=0)
+        variables = {"params": params, **drawn(model, "experts", "router")}
+        self._frozen = {name: variables[name] for name in frozen}
+        self._state = begin(variables[stage], tx)
 
     def run(self, batch: dict[str, Any]) -> None:
         self._state, metrics = self._step(self._state, self._frozen, batch)
@@ -49,15 +68,6 @@ class Training:
     def flops(self, batch: dict[str, Any]) -> float:
         """Of the compiled step, as XLA counts them; a scan's body counts once."""
         return self._step.lower(self._state, self._frozen, batch).compile().cost_analysis()["flops"]
-
-
-def drawn_experts(run: Experiment) -> Any:
-    """Experts whose B is away from zero, as trained ones have it."""
-    experts = run.init(run.model, "experts")
-    leaves, structure = jax.tree.flatten(experts)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [0.01 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
 
 
 def seconds(work: Callable[[], Any], times: int) -> float:
@@ -69,14 +79,16 @@ def seconds(work: Callable[[], Any], times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def decode_seconds(run: Experiment, tokens: np.ndarray, new: int, *, gated: bool) -> float:
-    """Seconds per decode step of a batch of equally long prompts, prefill not counted."""
-    variables, routing = {"params": run.params}, None
-    if gated:
-        variables |= {"experts": drawn_experts(run), "router": drawn_router(run)}
-        routing = Routed()
+def decode_seconds(
+    model: Transformer, variables: dict[str, Any], tokens: np.ndarray, new: int
+) -> float:
+    """Seconds per decode step of equally long prompts [B, T], prefill not counted.
+
+    With a router among the variables its gates are used, else the base alone.
+    """
+    routing = Routed() if "router" in variables else None
     # A token that the vocabulary does not have: no answer ends early, the work is known.
-    sampler = Sampler(run.model, variables, routing, end_of_turn=-1)
+    sampler = Sampler(model, variables, routing, end_of_turn=-1)
 
     def generate(count: int) -> float:
         start = time.perf_counter()
@@ -93,11 +105,3 @@ def decode_seconds(run: Experiment, tokens: np.ndarray, new: int, *, gated: bool
     for count in (1, new):
         generate(count)  # compiles
     return (generate(new) - generate(1)) / (new - 1)
-
-
-def drawn_router(run: Experiment) -> Any:
-    """A router away from zero, so that every expert takes part."""
-    router = run.init(run.model, "router")
-    return jax.tree.map(
-        lambda x: x + 0.05 * jnp.sign(jnp.sin(jnp.arange(x.size))).reshape(x.shape), router
-    )

@@ -60,8 +60,12 @@ def main() -> None:
         many = {**batch, "expert_ids_B": jnp.arange(ROWS, dtype=jnp.int32)}
         eight = experiment(config(data__domains=NAMES, **SHAPE), directory)
         one = experiment(config(data__domains=NAMES[:1], **SHAPE), directory)
-        stage_one = {8: Training(eight, "experts"), 1: Training(one, "experts")}
-        gate, bare = Training(eight, "router"), base_step(eight)
+        stage_one = {
+            len(run.config.data.domains): Training(run.model, run.config, "experts", run.params)
+            for run in (eight, one)
+        }
+        gate = Training(eight.model, eight.config, "router", eight.params)
+        bare = base_step(eight)
         flops = stage_one[8].flops(many) / stage_one[1].flops(batch)
         works = {
             "E=8": lambda: stage_one[8].run(many),

@@ -1,0 +1,163 @@
+"""One GPU: MFU of both train steps and decoding against the memory bandwidth, at Llama's shapes.
+
+    python benchmarks/gpu.py ours|peft llama32_1b|llama31_8b|tiny
+
+Random weights in bfloat16; seven experts of rank 16 on q, k, v, o; rows of 2,048 tokens. `tiny` is
+a rehearsal of the script on any machine, whose numbers mean nothing. MFU counts what the method
+needs: per token 2 FLOPs for each weight forward and 2 backward (a frozen base has no weight
+gradient), the same for the experts plus their gradient, and the causal half of attention.
+"""
+
+import argparse
+import functools
+import math
+
+import jax
+import numpy as np
+from common import table
+from inputs import config
+from ours import Training, decode_seconds, drawn, seconds
+
+from safemoe_jax.data.pipeline import empty_tokens
+from safemoe_jax.model.spec import ModelSpec
+from safemoe_jax.model.transformer import Transformer
+
+LLAMA = dict(
+    vocab_size=128_256,
+    num_heads=32,
+    num_kv_heads=8,
+    rope_theta=500_000.0,
+    norm_eps=1e-5,
+    max_positions=8192,
+)
+SHAPES = {
+    "llama32_1b": ModelSpec(
+        embed_dim=2048, num_layers=16, head_dim=64, mlp_dim=8192, tie_embeddings=True, **LLAMA
+    ),
+    "llama31_8b": ModelSpec(
+        embed_dim=4096, num_layers=32, head_dim=128, mlp_dim=14_336, tie_embeddings=False, **LLAMA
+    ),
+    "tiny": ModelSpec(
+        embed_dim=256,
+        num_layers=2,
+        head_dim=8,
+        mlp_dim=512,
+        tie_embeddings=True,
+        **LLAMA | {"vocab_size": 512},
+    ),
+}
+ROWS = {"llama32_1b": 8, "llama31_8b": 2, "tiny": 1}
+LENGTH, EXPERTS, RANK, NEW, STEPS = 2048, 7, 16, 128, 10
+TARGETS = ("q", "k", "v", "o")
+# bfloat16 FLOP/s without sparsity and bytes/s of memory, by a part of the card's name; from
+# NVIDIA's data sheets of H100 SXM, H200 SXM and A100 80 GB SXM.
+CARDS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
+
+
+def flops_per_token(spec: ModelSpec, mixed: int, *, trained: bool) -> float:
+    """FLOPs that one token of a row costs in a train step.
+
+    Args:
+      spec: the base.
+      mixed: experts that each token passes through.
+      trained: whether the experts get gradients themselves.
+    """
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = spec.embed_dim * (2 * q + 2 * kv + 3 * spec.mlp_dim)
+    lora = mixed * RANK * (2 * (spec.embed_dim + q) + 2 * (spec.embed_dim + kv))
+    attention = 2 * q * LENGTH / 2  # scores and values, half of each row masked
+    frozen = spec.num_layers * (layer + attention) + spec.vocab_size * spec.embed_dim
+    return 2 * (2 * frozen + (3 if trained else 2) * spec.num_layers * lora)
+
+
+def ours(name: str) -> None:
+    spec = SHAPES[name]
+    values = config(
+        experts__rank=RANK,
+        experts__targets=TARGETS,
+        model__param_dtype="bfloat16",
+        model__compute_dtype="bfloat16",
+    )
+    model = Transformer.from_config(values, spec)
+    params = drawn(model, "params")["params"]
+    batch = empty_tokens((ROWS[name], LENGTH))
+    batch["tokens_BT"][:] = np.random.default_rng(0).integers(0, 500, batch["tokens_BT"].shape)
+    batch["targets_BT"][:, :-1] = batch["tokens_BT"][:, 1:]
+    batch["segment_ids_BT"][:] = 1
+    batch["positions_BT"][:] = np.arange(LENGTH)
+    batch["loss_mask_BT"][:, :-1] = 1
+    batch["expert_ids_B"] = np.arange(ROWS[name], dtype=np.int32) % EXPERTS
+    peak, bandwidth = card()
+    lines = []
+    for stage, mixed in (("experts", 1), ("router", EXPERTS)):
+        training = Training(model, values, stage, params)
+        took = seconds(functools.partial(training.run, batch), STEPS)
+        speed = ROWS[name] * LENGTH / took
+        mfu = speed * flops_per_token(spec, mixed, trained=stage == "experts") / peak
+        lines.append((f"{name}, {stage} step", f"{speed:.0f} tokens/s", f"MFU {100 * mfu:.1f} %"))
+    variables = {"params": params, **drawn(model, "experts", "router")}
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    for rows in (1, 32):
+        took = decode_seconds(model, variables, np.ones((rows, 64), np.int32), NEW)
+        share = weights / bandwidth / took
+        lines.append(
+            (
+                f"{name}, decode, batch {rows}",
+                f"{rows / took:.0f} tokens/s",
+                f"{100 * share:.1f} % of the bandwidth bound",
+            )
+        )
+    table(f"One GPU, {jax.devices()[0].device_kind}", ("what", "speed", "of the bound"), lines)
+
+
+def card() -> tuple[float, float]:
+    """FLOP/s and bytes/s of the card at hand; NaN, and so no share of them, for others."""
+    kind = jax.devices()[0].device_kind
+    return next((bound for name, bound in CARDS.items() if name in kind), (math.nan, math.nan))
+
+
+def peft(name: str) -> None:
+    """One LoRA on the same rows in PEFT, fused attention by torch's choice."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    spec = SHAPES[name]
+    shape = LlamaConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.embed_dim,
+        intermediate_size=spec.mlp_dim,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        tie_word_embeddings=spec.tie_embeddings,
+        max_position_embeddings=spec.max_positions,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        base = LlamaForCausalLM(shape)
+    modules = [f"{target}_proj" for target in TARGETS]
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    tokens = torch.randint(0, 500, (ROWS[name], LENGTH), device=device)
+
+    def work():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    speed = tokens.numel() / seconds(work, STEPS)
+    table("PEFT, one LoRA", ("what", "speed"), [(name, f"{speed:.0f} tokens/s")])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=("ours", "peft"))
+    parser.add_argument("shape", choices=SHAPES)
+    arguments = parser.parse_args()
+    {"ours": ours, "peft": peft}[arguments.side](arguments.shape)
