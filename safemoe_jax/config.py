@@ -5,7 +5,6 @@ value of the wrong type, is a `UserError` that names the key.
 """
 
 import dataclasses
-import types
 import typing
 from typing import Any, Literal
 
@@ -236,8 +235,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        name = hint.__name__ if isinstance(hint, (type, types.GenericAlias)) else str(hint)
-        raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be a {name}")
+        kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]
+        raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be {kind}")
     return value
 
 
