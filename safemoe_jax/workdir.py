@@ -40,9 +40,10 @@ class Workdir:
 
         Raises:
           UserError: where another process holds it, it cannot be written to, or it holds a run of
-            another config.
+            another config or something else than a run.
         """
         try:
+            self._refuse_what_is_no_run()
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.root.chmod(0o700)
             self._lock = (self.root / "lock").open("a")
@@ -78,6 +79,18 @@ class Workdir:
 
     def checkpoints(self, stage: str) -> Path:
         return self.root / stage / "checkpoints"
+
+    def _refuse_what_is_no_run(self) -> None:
+        """Not every directory with files in it is ours to close to others and to write to."""
+        if not self.root.exists() or (self.root / "config.json").exists():
+            return
+        # Where a run was killed as it began there is the lock, and perhaps half a config.json.
+        names = {path.name for path in self.root.iterdir()}
+        if others := sorted(names - {"lock", ".config.json.new"}):
+            raise UserError(
+                f"--workdir {self.root} holds {others[0]!r} and no config.json, so it is no run's; "
+                "give a new or an empty directory"
+            )
 
     def _take(self) -> None:
         try:

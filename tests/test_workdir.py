@@ -43,6 +43,23 @@ def test_an_open_directory_is_closed_when_adopted(tmp_path):
     assert mode(tmp_path) == 0o700
 
 
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    tmp_path.chmod(0o755)
+    (tmp_path / "thesis.tex").write_text("")
+    message = f"--workdir {tmp_path} holds 'thesis.tex' and no config.json, so it is no run's; give"
+    with pytest.raises(UserError, match=re.escape(message)):
+        visit(tmp_path)
+    assert mode(tmp_path) == 0o755
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_killed_as_it_began_is_taken_up(tmp_path):
+    (tmp_path / "lock").write_text("")
+    (tmp_path / ".config.json.new").write_text('{"seed"')
+    visit(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock", "run.json"}
+
+
 def test_one_process_at_a_time(tmp_path):
     message = f"another process is working in {tmp_path}; wait for it, or give another --workdir"
     with Workdir(tmp_path, config()), pytest.raises(UserError, match=re.escape(message)):
