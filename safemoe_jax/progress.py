@@ -15,6 +15,8 @@ from rich.progress import (
 )
 
 console = Console(highlight=False)
+# In a log a line stays a line; without this it would be broken at 80 columns.
+console.soft_wrap = not console.is_terminal
 
 Item = TypeVar("Item")
 

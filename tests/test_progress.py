@@ -1,5 +1,7 @@
 import io
 import itertools
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -45,6 +47,13 @@ def test_plain_lines_with_eta_off_a_terminal(screen, clock):
         "train: 4/5, eta 10 s loss 3",
         "train: 5/5, eta 0 s loss 4",
     ]
+
+
+def test_a_line_stays_a_line_off_a_terminal(capfd):
+    line = "one " * 60
+    script = f"from safemoe_jax.progress import console; console.print({line!r})"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert capfd.readouterr().out == line + "\n"
 
 
 def test_eta_counts_only_what_this_process_has_done(screen, clock):

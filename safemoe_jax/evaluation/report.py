@@ -52,13 +52,14 @@ METRICS = {
 }
 
 
+# Headings and labels are broken so that the table fits 80 columns.
 _TERMINAL = {
-    "srr": "safe %",
-    "isr": "informative %",
-    "refusal_rate": "refusals %",
-    "nll_safe": "NLL safe",
-    "nll_unsafe": "NLL harmful",
-    "nll_difference": "harmful - safe",
+    "srr": "safe\n%",
+    "isr": "informative\n%",
+    "refusal_rate": "refusals\n%",
+    "nll_safe": "NLL\nsafe",
+    "nll_unsafe": "NLL\nharmful",
+    "nll_difference": "harmful\n- safe",
 }
 
 
@@ -150,19 +151,20 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
     """
     table = Table(
         title="Held-out prompts",
-        caption=_caption(results),
+        caption="\n" + _caption(results),
         caption_justify="left",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
+        show_edge=False,
     )
     valid = all(row["passed"] for row in results["validity"])
     groups, _ = _split_by(results["domains"], _groups(results["rows"]))
     whole, _ = _split_by(results["domains"], _groups(results["nll"]))
     likelihoods = {label: cells for group in whole for _, label, _, cells in group.systems}
-    table.add_column("system")
-    table.add_column("answers", justify="right")
-    for heading in _TERMINAL.values():
-        table.add_column(heading, justify="right")
+    table.add_column("system", overflow="fold")
+    for heading in ("n", *_TERMINAL.values()):
+        table.add_column(heading, justify="right", overflow="fold")
     for group in groups:
         for _, label, n, cells in group.systems:
             known = {**likelihoods.get(label, {}), **cells}

@@ -342,8 +342,8 @@ def test_a_missing_file_names_itself_and_the_remedy(tmp_path):
         write_report(tmp_path)
 
 
-def render(result):
-    console = Console(width=140, record=True, file=io.StringIO())
+def render(result, width=80, **settings):
+    console = Console(width=width, record=True, file=io.StringIO(), **settings)
     console.print(terminal_table(result))
     return console.export_text()
 
@@ -353,6 +353,29 @@ def test_terminal_table_has_every_system_and_the_warnings():
     for name in ("base", "SafeMoE", "uniform mixture", "one LoRA", "65.0", "50 to 78"):
         assert name in text
     assert "too short a run to judge the claim" in text
+
+
+@pytest.mark.parametrize("soft_wrap", [False, True])  # on a terminal, and off it
+def test_terminal_table_fits_80_columns_with_nothing_clipped(soft_wrap):
+    result = results()
+    for row in result["rows"]:
+        row |= {"n": 999, "high": 1.0}
+    text = render(result, soft_wrap=soft_wrap)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text
+    assert [head.split() for head in lines[1:3]] == [
+        ["safe", "informative", "refusals", "NLL", "NLL", "harmful"],
+        ["system", "n", "%", "%", "%", "safe", "harmful", "-", "safe"],
+    ]
+    assert "(ungated)" in text
+    assert text.count("to 100") == 3 * 4
+
+
+def test_terminal_table_on_a_narrow_screen_still_says_all():
+    text = render(results(), width=50)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 60  # the caption's lines
 
 
 def test_terminal_table_hides_an_invalid_isr():
