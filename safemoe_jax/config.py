@@ -78,7 +78,8 @@ class RouterConfig:
       granularity: "token" (this token's hidden state) or "sequence" (running mean over the prompt).
       activation: "softmax", "softmax_null" (one more slot that selects no expert), "sigmoid" or
         "signed" (tanh: an expert can be subtracted).
-      top_k: experts kept per token, by magnitude of the gate; 0 keeps all.
+      top_k: experts kept per token, by magnitude of the gate; 0 keeps all. The others' gates are
+        dropped, not shared out.
       temperature: divides the router's logits.
     """
 

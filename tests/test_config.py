@@ -49,7 +49,11 @@ WRONG = {
     "a float for an int": ("seed", 1.5, "config.seed is 1.5 (float); it must be a whole number"),
     "a bool for an int": ("seed", True, "config.seed is True (bool)"),
     "a bool for a float": ("experts.alpha", True, "config.experts.alpha is True (bool)"),
-    "text for a float": ("experts.alpha", "x", "config.experts.alpha is 'x' (str); it must be a number"),
+    "text for a float": (
+        "experts.alpha",
+        "x",
+        "config.experts.alpha is 'x' (str); it must be a number",
+    ),
     "text for a tuple": ("data.domains", "privacy", "config.data.domains is 'privacy'"),
     "an item of a wrong type": ("data.domains", ("a", 2), "config.data.domains[1] is 2 (int)"),
     "an item that is no choice": (

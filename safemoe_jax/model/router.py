@@ -7,6 +7,9 @@ zero. What an untrained router does therefore depends on the activation: "signed
 (the base alone), "softmax" mixes all experts evenly, "softmax_null" the same with one share for no
 expert, "sigmoid" takes half of each.
 
+Where only the top k are kept, W starts off zero, by little: equal gates would keep the first k
+experts at every token, and the others, never used, would never learn.
+
 Shape letters: B batch, T tokens, D model, E experts, S slots (E, or E + 1 with the null slot).
 """
 
@@ -17,6 +20,9 @@ import jax.numpy as jnp
 from safemoe_jax.config import RouterConfig
 from safemoe_jax.model.attention import at_least_float32
 
+# Logits of about a hundredth of h's scale: enough to choose by, and still next to no mixture.
+_off_zero = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
+
 
 def num_slots(config: RouterConfig, num_experts: int) -> int:
     """Logits per token: one per expert, and one for "no expert" where the activation has it."""
@@ -24,29 +30,28 @@ def num_slots(config: RouterConfig, num_experts: int) -> int:
 
 
 def gates_from_logits(logits_BTS: jax.Array, config: RouterConfig, num_experts: int) -> jax.Array:
-    """The activation and the top-k rule.
+    """The activation, then the top-k rule.
+
+    A kept gate is what it was among all: the softmax forms are not renormalised over what is kept,
+    which with k = 1 would make every gate 1 and leave the router no gradient (Switch Transformer,
+    arXiv 2101.03961, equation 2).
 
     Args:
       logits_BTS: float32 router logits.
-      config: activation, temperature and top_k. Of a top-k choice the softmax forms are
-        renormalised over what is kept; the others just lose the rest.
+      config: activation, temperature and top_k.
       num_experts: E.
 
     Returns:
       gates [B, T, E]: in [0, 1] with sum <= 1 (softmax forms), in [0, 1] (sigmoid) or [-1, 1]
       (signed).
     """
-    logits_BTS = logits_BTS / config.temperature
-    if config.activation in ("softmax", "softmax_null"):
-        # The null slot always takes part: choosing k experts must not force using them.
-        kept_BTS = _largest(logits_BTS[..., :num_experts], config.top_k)
-        null_BTS = jnp.ones_like(logits_BTS[..., num_experts:], bool)
-        kept_BTS = jnp.concatenate([kept_BTS, null_BTS], axis=-1)
-        logits_BTS = jnp.where(kept_BTS, logits_BTS, -jnp.inf)
-        return jax.nn.softmax(logits_BTS, axis=-1)[..., :num_experts]
-    gates_BTE = (
-        jax.nn.sigmoid(logits_BTS) if config.activation == "sigmoid" else jnp.tanh(logits_BTS)
-    )
+    activation = {
+        "softmax": jax.nn.softmax,
+        "softmax_null": jax.nn.softmax,
+        "sigmoid": jax.nn.sigmoid,
+        "signed": jnp.tanh,
+    }[config.activation]
+    gates_BTE = activation(logits_BTS / config.temperature)[..., :num_experts]
     return jnp.where(_largest(jnp.abs(gates_BTE), config.top_k), gates_BTE, 0.0)
 
 
@@ -59,7 +64,7 @@ def _largest(values_BTE: jax.Array, k: int) -> jax.Array:
 
 
 class Router(nn.Module):
-    """Linear router in float32, zero at the start.
+    """Linear router in float32, at the start zero, or near it where only the top k are kept.
 
     Granularity "token" routes each token by its own h. "sequence" routes by the mean of h over the
     prompt tokens of the token's segment so far, which stays as it is once the prompt is over. The
@@ -93,8 +98,9 @@ class Router(nn.Module):
           [B, S].
         """
         slots = num_slots(self.config, self.num_experts)
-        kernel_DS = self._leaf("kernel", (h_BTD.shape[-1], slots), ("embed", "slot"))
-        bias_S = self._leaf("bias", (slots,), ("slot",))
+        start = _off_zero if self.config.top_k else nn.initializers.zeros
+        kernel_DS = self._leaf("kernel", start, (h_BTD.shape[-1], slots), ("embed", "slot"))
+        bias_S = self._leaf("bias", nn.initializers.zeros, (slots,), ("slot",))
         logits_BTS = jnp.einsum("BTD,DS->BTS", at_least_float32(h_BTD), kernel_DS)
         sum_BS = past_sum_BS + jnp.einsum("BT,BTS->BS", prompt_mask_BT, logits_BTS)
         if self.config.granularity == "sequence":
@@ -103,8 +109,14 @@ class Router(nn.Module):
         logits_BTS += jnp.broadcast_to(bias_S, logits_BTS.shape)
         return gates_from_logits(logits_BTS, self.config, self.num_experts), sum_BS
 
-    def _leaf(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    def _leaf(
+        self,
+        name: str,
+        start: nn.initializers.Initializer,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+    ) -> jax.Array:
+        init = nn.with_logical_partitioning(start, axes)
         return self.variable(
             "router", name, lambda: init(self.make_rng("router"), shape, jnp.float32)
         ).value

@@ -1,5 +1,6 @@
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,18 +27,18 @@ def gates(logits_S, router, num_experts=3):
     [
         # exp(logits) is 2, 1/4, 1 at temperature 1 and 4, 1/16, 1 at 1/2; the null slot's 3 and 9.
         ("softmax", 1.0, 0, [8 / 13, 1 / 13, 4 / 13]),
-        ("softmax", 1.0, 1, [1, 0, 0]),
-        ("softmax", 1.0, 2, [2 / 3, 0, 1 / 3]),
+        ("softmax", 1.0, 1, [8 / 13, 0, 0]),
+        ("softmax", 1.0, 2, [8 / 13, 0, 4 / 13]),
         ("softmax", 1.0, 3, [8 / 13, 1 / 13, 4 / 13]),
         ("softmax", 0.5, 0, [64 / 81, 1 / 81, 16 / 81]),
-        ("softmax", 0.5, 1, [1, 0, 0]),
-        ("softmax", 0.5, 2, [4 / 5, 0, 1 / 5]),
+        ("softmax", 0.5, 1, [64 / 81, 0, 0]),
+        ("softmax", 0.5, 2, [64 / 81, 0, 16 / 81]),
         ("softmax_null", 1.0, 0, [8 / 25, 1 / 25, 4 / 25]),
-        ("softmax_null", 1.0, 1, [2 / 5, 0, 0]),
-        ("softmax_null", 1.0, 2, [2 / 6, 0, 1 / 6]),
+        ("softmax_null", 1.0, 1, [8 / 25, 0, 0]),
+        ("softmax_null", 1.0, 2, [8 / 25, 0, 4 / 25]),
         ("softmax_null", 0.5, 0, [64 / 225, 1 / 225, 16 / 225]),
-        ("softmax_null", 0.5, 1, [4 / 13, 0, 0]),
-        ("softmax_null", 0.5, 2, [4 / 14, 0, 1 / 14]),
+        ("softmax_null", 0.5, 1, [64 / 225, 0, 0]),
+        ("softmax_null", 0.5, 2, [64 / 225, 0, 16 / 225]),
         # exp(l) / (1 + exp(l))
         ("sigmoid", 1.0, 0, [2 / 3, 1 / 5, 1 / 2]),
         ("sigmoid", 1.0, 1, [2 / 3, 0, 0]),
@@ -62,7 +63,8 @@ def test_gates_of_known_logits(activation, temperature, top_k, expected):
 def test_top_k_never_forces_the_use_of_an_expert_where_there_is_a_null_slot():
     router = config(activation="softmax_null", top_k=1)
     assert gates([1.0, 2.0, 3.0, 40.0], router).max() < 1e-15
-    np.testing.assert_allclose(gates([1.0, 2.0, 3.0, -40.0], router), [0, 0, 1], atol=1e-6)
+    share = 1 / (1 + np.exp(-1.0) + np.exp(-2.0))
+    np.testing.assert_allclose(gates([1.0, 2.0, 3.0, -40.0], router), [0, 0, share], atol=1e-6)
 
 
 def test_only_softmax_null_has_a_slot_more_than_experts():
@@ -74,8 +76,8 @@ def test_only_softmax_null_has_a_slot_more_than_experts():
 
 
 @pytest.mark.parametrize("activation", ["softmax", "softmax_null", "sigmoid", "signed"])
-@pytest.mark.parametrize("top_k", [0, 2])
-def test_gradients_are_finite_and_reach_what_was_kept_alone(activation, top_k):
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_the_router_learns_through_every_gate_that_is_kept(activation, top_k):
     router = config(activation=activation, top_k=top_k)
     logits_S = jnp.asarray([0.3, -0.1, 0.5, 0.2][: num_slots(router, 3)])
     weight_E = jnp.array([1.0, 2.0, 4.0])
@@ -85,8 +87,12 @@ def test_gradients_are_finite_and_reach_what_was_kept_alone(activation, top_k):
 
     gradient_S = np.asarray(jax.grad(loss)(logits_S))
     assert np.isfinite(gradient_S).all()
-    lost = [1] if top_k else []
-    np.testing.assert_array_equal(np.flatnonzero(gradient_S == 0), lost)
+    if activation.startswith("softmax"):
+        # A lost expert's logit still divides the shares of those that are kept.
+        assert np.abs(gradient_S).min() > 0.01
+    else:
+        lost = {0: [], 1: [0, 1], 2: [1]}[top_k]
+        np.testing.assert_array_equal(np.flatnonzero(gradient_S == 0), lost)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,37 @@ def test_what_an_untrained_router_does(activation, expected):
     start = jax.jit(router.init_with_output)
     (gates_BTE, _), _ = start({"router": jax.random.key(0)}, h_BTD, *none, *past)
     np.testing.assert_allclose(gates_BTE, np.full((2, 5, 3), expected), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "softmax_null", "sigmoid", "signed"])
+def test_with_top_k_every_expert_is_tried_from_the_start(activation):
+    """From zero all gates are equal, and the first k would be kept at every token for ever."""
+    num_experts, top_k = 5, 2
+    h_BTD = np.random.default_rng(0).normal(size=(4, 50, 16)).astype(np.float32)
+    router = Router(config(activation=activation, top_k=top_k), num_experts)
+    slots = num_slots(router.config, num_experts)
+    none = (np.zeros((4, 50), np.float32), np.zeros((4, 50, 50), np.float32))
+    past = (np.zeros((4, slots), np.float32), np.zeros((4, 50), np.float32))
+    pull_E = np.linspace(1.0, 2.0, num_experts, dtype=np.float32)
+
+    @jax.jit
+    def first_step():
+        variables = router.init({"router": jax.random.key(0)}, h_BTD, *none, *past)
+
+        def loss(variables):
+            gates_BTE, _ = router.apply(variables, h_BTD, *none, *past)
+            return jnp.einsum("BTE,E->", gates_BTE, pull_E), gates_BTE
+
+        return jax.grad(loss, has_aux=True)(nn.unbox(variables))
+
+    gradient, gates_BTE = first_step()
+    kept_BTE = np.asarray(gates_BTE) != 0
+    assert (kept_BTE.sum(axis=-1) == top_k).all()
+    assert kept_BTE.mean(axis=(0, 1)).min() > 0.1
+    assert np.abs(gradient["router"]["kernel"][:, :num_experts]).max(axis=0).min() > 0.1
+    untrained = {"signed": 0.0, "softmax": 1 / 5, "softmax_null": 1 / 6, "sigmoid": 1 / 2}
+    difference_BTE = np.asarray(gates_BTE) - untrained[activation]
+    assert np.abs(difference_BTE[kept_BTE]).max() < 0.05
 
 
 def test_scope_decides_whether_layers_share_the_weights():
