@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     config.optimizer.router.learning_rate = 1e-2
     config.evaluation.prompts_per_domain = 1
     config.evaluation.max_new_tokens = 48
-    config.evaluation.judge_rows = 40
+    config.evaluation.judge_rows = 28
     config.evaluation.demonstration = True
     return config
