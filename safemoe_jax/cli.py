@@ -89,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
             continue
         sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
         sub.add_argument("--config", type=Path, required=True, help="experiment file")
-        sub.add_argument("--workdir", type=Path, help="default: runs/<name of the config file>")
+        sub.add_argument(
+            "--workdir",
+            metavar="DIR",
+            help="default: runs/<name of the config file>; gs://bucket/path needs gcsfs",
+        )
         if verb == "data":
             sub.add_argument("--show", type=int, default=0, metavar="N", help="rows to print")
         if verb == "report":
@@ -129,12 +133,14 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 
 def _set_up_jax() -> None:
-    """Compiled programs are kept between runs."""
+    """Joins the run's other hosts, if there are any; compiled programs are kept between runs."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
     from safemoe_jax.fetch import cache_dir
+    from safemoe_jax.parallel.hosts import connect
 
+    connect()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 

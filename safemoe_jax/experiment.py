@@ -8,16 +8,25 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from safemoe_jax.config import Config
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.corpora import Corpus, Example, load_corpus
 from safemoe_jax.data.pipeline import PackedCorpus, pack
+from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
-from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.parallel.mesh import check_divides, make_mesh
 from safemoe_jax.parallel.sharding import shardings
+from safemoe_jax.training.state import (
+    TrainState,
+    init_expert_state,
+    init_router_state,
+    state_shardings,
+)
 from safemoe_jax.weights.base import BaseModel, load_base
 from safemoe_jax.workdir import Workdir
 
@@ -30,6 +39,7 @@ class Experiment:
 
     @cached_property
     def mesh(self) -> Mesh:
+        check_layout(self.config, self.base.spec)
         return make_mesh(self.config.mesh)
 
     @cached_property
@@ -64,23 +74,31 @@ class Experiment:
     @cached_property
     def params(self) -> Any:
         """The frozen base on the mesh."""
-        boxed = jax.eval_shape(lambda: _init(self.model, jax.random.key(0)))["params"]
-        return jax.device_put(self.base.params, shardings(self.mesh, boxed))
+        return self.placed("params", self.base.params)
 
     @property
     def identity(self) -> dict[str, str]:
         """What checkpoints and bundle of this experiment belong to."""
         return {"base": self.base.identity.sha256, "corpus": self.corpus.fingerprint}
 
-    def init(self, model: Transformer, collection: str) -> Any:
-        """`experts` or `router` at the start of training, on the mesh."""
-        key = jax.random.key(self.config.seed)
-        boxed = jax.eval_shape(lambda: _init(model, key))[collection]
-        make = jax.jit(
-            lambda: nn.unbox(_init(model, key)[collection]),
-            out_shardings=shardings(self.mesh, boxed),
+    def initial_state(
+        self, model: Transformer, collection: str, tx: optax.GradientTransformation
+    ) -> TrainState:
+        """What trains `experts` or `router`, at its start; it is made where it lives."""
+        begin = {"experts": init_expert_state, "router": init_router_state}[collection]
+
+        def make() -> TrainState:
+            key = jax.random.key(self.config.seed)
+            return begin(nn.unbox(_init(model, key)[collection]), tx)
+
+        placed = state_shardings(
+            self.mesh, boxed_shapes(model)[collection], jax.eval_shape(make), tx
         )
-        return make()
+        return jax.jit(make, out_shardings=placed)()
+
+    def placed(self, collection: str, tree: Any) -> Any:
+        """A collection of host arrays, on the mesh."""
+        return jax.device_put(tree, shardings(self.mesh, boxed_shapes(self.model)[collection]))
 
     def unsafe(self, split: str) -> list[Example]:
         """What experts learn, by domain."""
@@ -101,9 +119,40 @@ class Experiment:
         )
 
 
+def check_layout(config: Config, spec: ModelSpec) -> None:
+    """Refuses a config whose mesh cannot cut the base or the steps' rows into equal parts.
+
+    Raises:
+      UserError: names the axis, the size, and what would divide it.
+    """
+    sizes = [
+        ("the base's width", "embed", spec.embed_dim),
+        ("its vocabulary", "vocab", spec.vocab_size),
+        ("its query heads", "heads", spec.num_heads),
+        ("its key/value heads", "kv_heads", spec.num_kv_heads),
+        ("its MLP's width", "mlp", spec.mlp_dim),
+        ("data.sequence_length", "length", config.data.sequence_length),
+    ]
+    for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
+        train = getattr(config.train, stage)
+        rows, rest = divmod(train.rows * streams, train.accumulation)
+        if rest:
+            raise UserError(
+                f"a step's {train.rows * streams} rows cannot be cut into {train.accumulation} "
+                f"microbatches; choose train.{stage}.accumulation as a divisor of it"
+            )
+        sizes.append((f"the rows of a microbatch of train.{stage}", "batch", rows))
+    check_divides(config.mesh, sizes)
+
+
+def boxed_shapes(model: Transformer) -> Any:
+    """Shapes of all three collections, boxed with their logical names; nothing is computed."""
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+
+
 def init_shapes(model: Transformer) -> Any:
-    """Shapes of all three collections; nothing is computed."""
-    return nn.unbox(jax.eval_shape(lambda: _init(model, jax.random.key(0))))
+    """Shapes of all three collections."""
+    return nn.unbox(boxed_shapes(model))
 
 
 def num_params(tree: Any) -> int:

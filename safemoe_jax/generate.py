@@ -1,19 +1,25 @@
 """`safemoe generate`: a bundle answers prompts."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.table import Table
 from rich.text import Text
 
+from safemoe_jax.config import MeshConfig
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
+from safemoe_jax.experiment import boxed_shapes
 from safemoe_jax.inference.sampler import Generation, Sampler
 from safemoe_jax.model.lora import Gates, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import read_bundle
@@ -60,20 +66,18 @@ def answer(
     bundle = read_bundle(directory, base.identity)
     chat = ChatFormat(base.tokenizer)
     variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
-    sampler = Sampler(
-        Transformer.from_config(bundle.config, base.spec),
-        jax.device_put(variables),
-        chosen,
-        chat.end_of_turn,
-    )
-    answers = sampler.generate(
-        [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=_BATCH_SIZE,
-    )
+    model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
+    placed = jax.device_put(variables, shardings(mesh, boxed_shapes(model)))
+    sampler = Sampler(model, placed, chosen, chat.end_of_turn)
+    with jax.set_mesh(mesh):
+        answers = sampler.generate(
+            [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            batch_size=_BATCH_SIZE,
+        )
     for prompt, generation in zip(prompts, answers, strict=True):
         if len(prompts) > 1:
             console.out(f"> {prompt}", style="bold", highlight=False)
@@ -81,6 +85,13 @@ def answer(
         console.out(base.tokenizer.decode(generation.tokens), highlight=False)
         if show_gates and generation.gates_TLE is not None:
             console.print(_gates_table(generation, base.tokenizer, domains))
+
+
+def _mesh(trained_on: MeshConfig) -> Mesh:
+    """The mesh of the training run where this machine has it, else one device."""
+    if math.prod(dataclasses.astuple(trained_on)) <= len(jax.devices()):
+        return make_mesh(trained_on)
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1, context=1))
 
 
 def _routing(name: str, domains: Sequence[str], allow_ungated: bool) -> Routing:

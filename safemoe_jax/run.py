@@ -6,9 +6,9 @@ fetch -> data -> train_experts -> train_gate -> evaluate -> report
 import functools
 import hashlib
 import json
-import shutil
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 
@@ -35,15 +35,12 @@ from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Gates, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.parallel.hosts import is_first, loss_of_hosts_explained, to_host
+from safemoe_jax.parallel.sharding import local_rows, replicated
 from safemoe_jax.progress import console
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.loop import Stage, train
-from safemoe_jax.training.state import (
-    TrainState,
-    init_expert_state,
-    init_router_state,
-    make_optimizer,
-)
+from safemoe_jax.training.state import TrainState, make_optimizer
 from safemoe_jax.training.steps import expert_train_step, gate_train_step
 from safemoe_jax.training.validation import expert_validation, gate_validation
 from safemoe_jax.weights.base import fetch_base
@@ -91,22 +88,22 @@ def train_experts(experiment: Experiment) -> Any:
     """Stage one -> the experts, each as its best validation left it."""
     config, train_config = experiment.config, experiment.config.train.experts
     if experiment.workdir.bundle.exists():
-        return jax.device_put(_bundle(experiment).experts)
+        return experiment.placed("experts", _bundle(experiment).experts)
     model, frozen = experiment.model, {"params": experiment.params}
     tx = make_optimizer(config.optimizer.experts, train_config.steps)
     rows = train_config.rows * len(config.data.domains)
     packed = experiment.packed(experiment.unsafe("train"), by_domain=True)
     held_out = experiment.packed(experiment.unsafe("validation"), by_domain=True)
+    state = experiment.initial_state(model, "experts", tx)
     stage = Stage(
         name="experts",
-        step=_jitted(expert_train_step, model, tx, train_config.accumulation, rows),
+        step=_jitted(expert_train_step, model, tx, train_config.accumulation, state),
         frozen=frozen,
-        batches=train_iterator(packed, train_config.rows, config.seed),
+        batches=_batches(experiment, packed, train_config.rows),
         validate=expert_validation(model, frozen, held_out, rows, experiment.mesh),
         streams=config.data.domains,
         domains=config.data.domains,
     )
-    state = init_expert_state(experiment.init(model, "experts"), tx)
     return _train(experiment, stage, state, train_config, "experts").best.trainable
 
 
@@ -121,9 +118,9 @@ def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
     if not experiment.workdir.bundle.exists():
         _train_router(experiment)
     bundle = _bundle(experiment)  # checked, before what it was made of goes
-    if not keep_experts:
+    if not keep_experts and is_first():
         for stage in ("experts", "router"):
-            shutil.rmtree(experiment.workdir.checkpoints(stage).parent, ignore_errors=True)
+            experiment.workdir.checkpoints(stage).parent.rmtree(missing_ok=True)
     return bundle
 
 
@@ -134,25 +131,28 @@ def _train_router(experiment: Experiment) -> None:
     model, frozen = experiment.model, {"params": experiment.params, "experts": experts}
     tx = make_optimizer(config.optimizer.router, train_config.steps)
     packed, held_out = _safe_sets(experiment)
+    state = experiment.initial_state(model, "router", tx)
     stage = Stage(
         name="router",
-        step=_jitted(gate_train_step, model, tx, train_config.accumulation, train_config.rows),
+        step=_jitted(gate_train_step, model, tx, train_config.accumulation, state),
         frozen=frozen,
-        batches=train_iterator(packed, train_config.rows, config.seed),
+        batches=_batches(experiment, packed, train_config.rows),
         validate=gate_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
         streams=("all",),
         domains=config.data.domains,
     )
-    state = init_router_state(experiment.init(model, "router"), tx)
     best = _train(experiment, stage, state, train_config, "router").best
-    write_bundle(
-        experiment.workdir.bundle,
-        base=experiment.base,
-        config=config,
-        experts=jax.device_get(experts),
-        router=jax.device_get(best.trainable),
-        provenance={**experiment.identity, "router_step": int(best.step), "seed": config.seed},
-    )
+    experts, router = to_host((experts, best.trainable))
+    if is_first():
+        write_bundle(
+            experiment.workdir.bundle,
+            base=experiment.base,
+            config=config,
+            experts=experts,
+            router=router,
+            provenance={**experiment.identity, "router_step": int(best.step), "seed": config.seed},
+        )
+    experiment.workdir.publish()
 
 
 def train_safe_lora(experiment: Experiment) -> Any:
@@ -161,21 +161,26 @@ def train_safe_lora(experiment: Experiment) -> Any:
     model, frozen = experiment.safe_lora_model, {"params": experiment.params}
     tx = make_optimizer(config.optimizer.experts, train_config.steps)
     packed, held_out = _safe_sets(experiment)
+    state = experiment.initial_state(model, "experts", tx)
     stage = Stage(
         name="safe_lora",
-        step=_jitted(expert_train_step, model, tx, train_config.accumulation, train_config.rows),
+        step=_jitted(expert_train_step, model, tx, train_config.accumulation, state),
         frozen=frozen,
-        batches=train_iterator(packed, train_config.rows, config.seed),
+        batches=_batches(experiment, packed, train_config.rows),
         validate=expert_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
         streams=("all",),
         domains=("all",),
     )
-    state = init_expert_state(experiment.init(model, "experts"), tx)
     return _train(experiment, stage, state, train_config, SAFE_LORA).best.trainable
 
 
 def evaluate(experiment: Experiment) -> None:
     """Compares the config's systems on held-out prompts and prints the table."""
+    with jax.set_mesh(experiment.mesh), loss_of_hosts_explained():
+        _evaluate(experiment)
+
+
+def _evaluate(experiment: Experiment) -> None:
     config, directory = experiment.config, experiment.workdir.evaluation
     if experiment.workdir.bundle.exists():
         _bundle(experiment)  # is it of this base and data?
@@ -187,15 +192,11 @@ def evaluate(experiment: Experiment) -> None:
         console.print(terminal_table(json.loads(path.read_text())))
         return
     directory.mkdir(exist_ok=True, mode=0o700)
-
     systems, experts = _systems(experiment)
     base = _system(experiment, "base", experiment.model, {}, None)
-    base_sha256 = experiment.identity["base"]
-    # Hashes and numbers only, so other workdirs may use them.
-    cached = CachedScorer(base.scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
     judge = EmbeddedJudge.fit(
         load_judge_rows(experiment.corpus),
-        cached,
+        _cached(base.scorer, experiment.identity["base"]),
         likelihood_rows=config.evaluation.judge_rows,
         seed=config.seed,
     )
@@ -229,13 +230,15 @@ def evaluate(experiment: Experiment) -> None:
             "safe_lora_rank": experiment.safe_lora_model.experts.rank,
         },
     }
-    write_json(path, results)
+    if is_first():
+        write_json(path, results)
     console.print(terminal_table(results))
 
 
 def report(experiment: Experiment, full: bool = False) -> None:
     """Writes the report of what has been evaluated."""
-    console.print(f"report: {write_report(experiment.workdir.root, full=full)}")
+    if is_first():
+        console.print(f"report: {write_report(experiment.workdir.root, full=full)}")
 
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:
@@ -250,15 +253,19 @@ def run(experiment: Experiment, keep_experts: bool = False) -> None:
     report(experiment)
 
 
-def _jitted(step, model: Transformer, tx, accumulation: int, rows: int):
-    """The train step, compiled for this stage; its state is donated."""
-    if rows % accumulation:
-        raise UserError(
-            f"a step's {rows} rows cannot be cut into {accumulation} microbatches; choose "
-            "train.*.accumulation as a divisor of it"
-        )
+def _batches(experiment: Experiment, packed: PackedCorpus, rows: int) -> grain.DatasetIterator:
+    """Train batches: the rows of them that this process's devices hold."""
+    places = local_rows(experiment.mesh, rows * packed.num_streams)
+    return train_iterator(packed, rows, experiment.config.seed, places)
+
+
+def _jitted(step, model: Transformer, tx, accumulation: int, state: TrainState):
+    """The train step, compiled for this stage; its state is donated and stays where it lies."""
     step = functools.partial(step, model=model, tx=tx, accumulation=accumulation)
-    return jax.jit(step, donate_argnums=0)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(placed, replicated(state.step.sharding.mesh))
+    )
 
 
 def _train(experiment: Experiment, stage: Stage, state, train_config, name: str) -> TrainState:
@@ -269,7 +276,13 @@ def _train(experiment: Experiment, stage: Stage, state, train_config, name: str)
     )
     try:
         return train(
-            stage, state, train_config, experiment.mesh, checkpoints, experiment.workdir.metrics
+            stage,
+            state,
+            train_config,
+            experiment.mesh,
+            checkpoints,
+            experiment.workdir.metrics,
+            experiment.workdir.publish,
         )
     finally:
         checkpoints.close()
@@ -303,7 +316,9 @@ def _bundle(experiment: Experiment) -> Bundle:
 def _systems(experiment: Experiment) -> tuple[list[System], dict[str, Scorer]]:
     """The systems that the config names, and each expert alone as a scorer."""
     config, bundle = experiment.config, _bundle(experiment)
-    mixture = {"experts": jax.device_put(bundle.experts), "router": jax.device_put(bundle.router)}
+    mixture = {
+        name: experiment.placed(name, getattr(bundle, name)) for name in ("experts", "router")
+    }
     num_experts = len(config.data.domains)
 
     def safe_lora() -> System:
@@ -343,6 +358,16 @@ def _system(
         scorer=Scorer(model, variables, routing, chat, longest),
         gated=isinstance(routing, Routed),
     )
+
+
+def _cached(scorer: Scorer, base_sha256: str) -> Scorer | CachedScorer:
+    """The base's likelihoods, remembered: hashes and numbers only, so other workdirs use them.
+
+    Several processes score all: they must compute alike, and their caches may differ.
+    """
+    if jax.process_count() > 1:
+        return scorer
+    return CachedScorer(scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
 
 
 def _evaluation_key(experiment: Experiment) -> str:

@@ -5,6 +5,7 @@ report.html
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -15,25 +16,41 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from safemoe_jax.config import Config, to_dict
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import cache_dir
+from safemoe_jax.parallel.hosts import all_agree, first_says, is_first, wait_for_all
+from safemoe_jax.remote import Mirror, is_remote
 
 # What may differ between two runs in one directory: it decides nothing that is stored.
 _FREE = ("evaluation",)
+# Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
+_MIRRORED = ("config.json", "run.json", "metrics.jsonl", "bundle", "evaluation", "report.html")
 
 
 class Workdir:
-    """Paths of one run, readable by its owner alone; a context that holds it for one process."""
+    """Paths of one run, readable by its owner alone; a context that holds it for one command.
 
-    def __init__(self, root: Path, config: Config) -> None:
+    A command on several hosts holds it by its first process.
+    """
+
+    def __init__(self, place: Path | str, config: Config) -> None:
         """Touches nothing yet.
 
         Args:
-          root: the directory.
+          place: the directory; of a URL (gs://bucket/run) each host has a copy in its cache,
+            checkpoints go there directly, and a lock holds on one host only.
           config: the run's.
         """
-        self.root, self._config = root, config
+        self._place, self._config = str(place), config
+        self._mirror: Mirror | None = None
+        self.root = Path(place)
+        if is_remote(self._place):
+            name = hashlib.sha256(self._place.encode()).hexdigest()[:16]
+            self.root = cache_dir() / "workdirs" / f"{name}-{jax.process_index()}"
+            self._mirror = Mirror(self._place, self.root, _MIRRORED)
 
     def __enter__(self) -> "Workdir":
         """Creates or adopts `root`, takes its lock, and writes config.json and run.json.
@@ -43,7 +60,8 @@ class Workdir:
             another config or something else than a run.
         """
         try:
-            self._refuse_what_is_no_run()
+            if self._mirror is None:
+                self._refuse_what_is_no_run()
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.root.chmod(0o700)
             self._lock = (self.root / "lock").open("a")
@@ -52,14 +70,31 @@ class Workdir:
                 f"cannot write to --workdir {self.root} ({error.strerror}); give another --workdir"
             ) from error
         try:
-            self._take()
+            if self._mirror is not None:
+                self._mirror.pull()
+            if is_first():
+                self._take()
+            if self._mirror is None:
+                self._check_shared()
         except BaseException:
             self._lock.close()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()  # gives the lock back
+        try:
+            if self._mirror is not None and is_first():
+                self._mirror.push()
+        finally:
+            self._lock.close()  # gives the lock back
+
+    def publish(self) -> None:
+        """Lets all hosts see what the first has written; every process calls it."""
+        if self._mirror is not None and is_first():
+            self._mirror.push()
+        wait_for_all("published")
+        if self._mirror is not None and not is_first():
+            self._mirror.pull()
 
     @property
     def data(self) -> Path:
@@ -77,8 +112,29 @@ class Workdir:
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
-    def checkpoints(self, stage: str) -> Path:
-        return self.root / stage / "checkpoints"
+    def checkpoints(self, stage: str) -> epath.Path:
+        """Where a stage's checkpoints are, in a directory that holds nothing else."""
+        if self._mirror is not None:
+            return self._mirror.path(stage, "checkpoints")
+        return epath.Path(self.root) / stage / "checkpoints"
+
+    def _check_shared(self) -> None:
+        """Several hosts work in one directory, not in several of one name."""
+        if jax.process_count() == 1:
+            return
+        token = first_says(time.time_ns())
+        probe = self.root / f".{token}"
+        if is_first():
+            probe.touch()
+        wait_for_all("workdir")
+        shared = all_agree(probe.exists())
+        if is_first():
+            probe.unlink()
+        if not shared:
+            raise UserError(
+                f"--workdir {self.root} is not the same directory on all hosts; give one on a file "
+                "system that they share"
+            )
 
     def _refuse_what_is_no_run(self) -> None:
         """Not every directory with files in it is ours to close to others and to write to."""

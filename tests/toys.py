@@ -55,11 +55,12 @@ def toy_model(
     return Transformer(spec, experts, router, num_experts, **precision)
 
 
-def initial(model: Transformer):
+def initial(model: Transformer, *, unbox: bool = True):
     """All three collections as training starts with them; to be traced."""
     one_BT = jnp.ones((1, 1), jnp.int32)
     keys = {name: jax.random.key(0) for name in ("params", "experts", "router")}
-    return nn.unbox(model.init(keys, one_BT, one_BT, one_BT, one_BT, Routed()))
+    boxed = model.init(keys, one_BT, one_BT, one_BT, one_BT, Routed())
+    return nn.unbox(boxed) if unbox else boxed
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from safemoe_jax.data.sources import (
 from safemoe_jax.data.splits import Split
 from safemoe_jax.errors import UserError
 from safemoe_jax.progress import console
+from safemoe_jax.remote import local_copy
 
 _ROWS = "rows"  # the one TFDS split; what a row may be used for is a feature
 _FORMAT = 1  # raise it when what is stored for the same source and settings changes
@@ -147,17 +149,23 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
     if config.corpus == "pyrit":
         source = PyritSource(config.unsafe_min_score, config.safe_max_score)
     else:
-        source = JsonlSource(Path(config.path))
+        source = JsonlSource(local_copy(config.path))
     fingerprint = _fingerprint(config, source)
     data_dir.mkdir(parents=True, exist_ok=True)
     data_dir.chmod(0o700)
+    kind, settings = _BUILDERS[config.corpus], dict(data_dir=data_dir, config=_config(fingerprint))
     with _quiet():
-        builder = _BUILDERS[config.corpus](data_dir=data_dir, config=_config(fingerprint))
+        builder = kind(**settings)
         prepared = builder.is_prepared()
     if not prepared:
         builder.survey = _survey(source, config, data_dir / "rejects.jsonl")
         with _quiet():
-            builder.download_and_prepare(file_format="array_record")
+            try:
+                builder.download_and_prepare(file_format="array_record")
+            except OSError:
+                builder = kind(**settings)
+                if not builder.is_prepared():  # else another host has built the same meanwhile
+                    raise
     examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
     return Corpus(
         examples=tuple(sorted(examples, key=lambda example: example.id)),
@@ -395,11 +403,15 @@ def _example(row: dict[str, Any]) -> Example:
 
 @contextlib.contextmanager
 def _private(path: Path) -> Iterator[Any]:
-    """Opens a new file that its owner alone may read."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        yield file
+    """Writes a file that its owner alone may read; it appears, or is replaced, when whole."""
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
 
 
 @contextlib.contextmanager

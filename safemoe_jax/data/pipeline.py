@@ -188,7 +188,7 @@ def pack(
 
 
 def train_iterator(
-    packed: PackedCorpus, rows: int, seed: int, *, process_index: int = 0, process_count: int = 1
+    packed: PackedCorpus, rows: int, seed: int, places: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
     """Endless batches with `rows` rows of every stream: stream 0's rows, then stream 1's, ...
 
@@ -200,42 +200,38 @@ def train_iterator(
       packed: the corpus.
       rows: rows of each stream in the global batch.
       seed: of the shuffle.
-      process_index: which part of the global batch to yield.
-      process_count: parts of the global batch; concatenated in order they are the global batch.
+      places: which rows of the batch to yield, those of this process; None for all.
 
     Raises:
-      UserError: where a stream has no row, or the batch cannot be cut into equal parts.
+      UserError: where a stream has no row.
     """
-    batch_size = rows * packed.num_streams
-    if batch_size % process_count:
-        raise UserError(
-            f"{rows} rows of {packed.num_streams} streams make a batch of {batch_size}, which "
-            f"{process_count} processes cannot share; choose rows so that they divide it"
-        )
     drawn = [_drawn_rows(packed, stream, seed) for stream in range(packed.num_streams)]
-    local_size = batch_size // process_count
+    places = range(rows * packed.num_streams) if places is None else places
 
-    def row(index: int) -> Batch:
-        # ElasticIterator deals a batch out to processes like cards; taking the cards in this order
-        # gives each process one whole block of the batch.
-        step, card = divmod(index, batch_size)
-        place = card % process_count * local_size + card // process_count
-        stream, draw = divmod(place, rows)
-        return packed.row(drawn[stream](step * rows + draw))
+    def batch(step: int) -> Batch:
+        at = (divmod(int(place), rows) for place in places)
+        return _stack([packed.row(drawn[stream](step * rows + draw)) for stream, draw in at])
 
-    dataset = grain.MapDataset.range(_ENDLESS).map(row)
-    shard = grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count)
-    return iter(
-        grain.experimental.ElasticIterator(dataset, batch_size, shard, read_options=_READ_OPTIONS)
-    )
+    return iter(grain.MapDataset.range(_ENDLESS).map(batch).to_iter_dataset(_READ_OPTIONS))
 
 
-def epoch(packed: PackedCorpus, batch_size: int) -> Iterator[Batch]:
-    """Batches that hold each row once, in order; rows of padding fill up the last one."""
+def epoch(
+    packed: PackedCorpus, batch_size: int, places: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Batches that hold each row once, in order; rows of padding fill up the last one.
+
+    `places` are the rows of each batch to yield; None for all.
+    """
+    places = range(batch_size) if places is None else places
     for start in range(0, packed.num_rows, batch_size):
-        rows = [packed.row(i) for i in range(start, min(start + batch_size, packed.num_rows))]
-        rows += [packed.empty_row()] * (batch_size - len(rows))
-        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        indices = (start + int(place) for place in places)
+        yield _stack(
+            [packed.row(i) if i < packed.num_rows else packed.empty_row() for i in indices]
+        )
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _drawn_rows(packed: PackedCorpus, stream: int, seed: int) -> Callable[[int], int]:

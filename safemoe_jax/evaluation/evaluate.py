@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from safemoe_jax.config import EvaluationConfig
@@ -23,6 +24,7 @@ from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.judges import Judge
 from safemoe_jax.inference.sampler import Sampler
+from safemoe_jax.parallel.hosts import is_first
 
 _GATE_DIGITS = 4
 
@@ -66,13 +68,16 @@ def answer_prompts(
     for system in systems:
         key = _key(system.name, prompts, config, seed)
         # Asked again after a kill, a prompt may have two answers there; they are the same.
-        kept = {(r["domain"], r["prompt_id"]): r for r in _read(path) if r["key"] == key}
+        # Several processes must ask alike, and do not see the file change at the same moment.
+        stored = _read(path) if jax.process_count() == 1 else []
+        kept = {(r["domain"], r["prompt_id"]): r for r in stored if r["key"] == key}
         done = [kept.get((prompt.domain, prompt.id)) for prompt in prompts]
         if None in done:
             done = _answers(system, prompts, chat, config, seed, key)
-            with _private(path, "a") as file:
-                # A line that a kill has cut short must not swallow the next one.
-                file.writelines(f"\n{json.dumps(row)}" for row in done)
+            if is_first():
+                with _private(path, "a") as file:
+                    # A line that a kill has cut short must not swallow the next one.
+                    file.writelines(f"\n{json.dumps(row)}" for row in done)
         rows += done
     return rows
 
@@ -82,11 +87,12 @@ def judge_answers(
 ) -> list[dict[str, Any]]:
     """Judges all answers and writes answers.jsonl -> rows of results.json."""
     verdicts = judge.judge([(row["messages"], row["response"]) for row in rows])
-    with _private(directory / "answers.jsonl", "w") as file:
-        for row, verdict in zip(rows, verdicts, strict=True):
-            shown = {key: value for key, value in row.items() if key != "key"}
-            file.write(json.dumps({**shown, "verdict": verdict.to_dict()}) + "\n")
-    (directory / "generated.jsonl").unlink(missing_ok=True)
+    if is_first():
+        with _private(directory / "answers.jsonl", "w") as file:
+            for row, verdict in zip(rows, verdicts, strict=True):
+                shown = {key: value for key, value in row.items() if key != "key"}
+                file.write(json.dumps({**shown, "verdict": verdict.to_dict()}) + "\n")
+        (directory / "generated.jsonl").unlink(missing_ok=True)
 
     results = []
     for system in dict.fromkeys(row["system"] for row in rows):

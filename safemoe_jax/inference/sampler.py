@@ -19,6 +19,8 @@ import numpy as np
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.transformer import Cache, Transformer, extend, logits
+from safemoe_jax.parallel.hosts import to_host
+from safemoe_jax.parallel.sharding import constrain, whole_rows
 from safemoe_jax.progress import track
 
 _SMALLEST_BUCKET = 64
@@ -118,7 +120,7 @@ class Sampler:
             decoded = self._generate_batch(
                 [prompts[index] for index in indices],
                 np.array(indices),
-                batch_size if len(prompts) > batch_size else len(indices),
+                whole_rows(batch_size if len(prompts) > batch_size else len(indices)),
                 max_new_tokens,
                 temperature,
                 top_p,
@@ -153,7 +155,7 @@ class Sampler:
             np.float32(top_p),
             np.int32(self._end_of_turn),
         )
-        decoded = jax.device_get((decoded.tokens_BM, decoded.gates_MLBE))
+        decoded = to_host((decoded.tokens_BM, decoded.gates_MLBE))
         return [self._answer(row, *decoded) for row in range(len(prompts))]
 
     def _answer(self, row: int, tokens_BM, gates_MLBE) -> Generation:
@@ -210,6 +212,9 @@ def _generate(
     top_p,
     end_of_turn,
 ) -> _Decoding:
+    tokens_BT, length_B, done_B = (
+        constrain(x, *("batch", None)[: x.ndim]) for x in (tokens_BT, length_B, done_B)
+    )
     batch, length = tokens_BT.shape
     key_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices_B)
 

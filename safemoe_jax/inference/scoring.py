@@ -15,6 +15,8 @@ from safemoe_jax.data.packing import plan
 from safemoe_jax.data.pipeline import empty_tokens, write_segment
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.parallel.hosts import to_host
+from safemoe_jax.parallel.sharding import whole_rows
 from safemoe_jax.progress import track
 from safemoe_jax.training.losses import batch_nll
 
@@ -67,13 +69,13 @@ class Scorer:
         lengths = np.array([len(item.tokens) for item in items], np.int64)
         rows = plan(lengths, np.zeros(len(items), np.int64), self._max_length, seed=0)
         at_once = _TOKENS_AT_ONCE.get(jax.default_backend(), _TOKENS_AT_ONCE_ELSEWHERE)
-        size = max(1, at_once // self._max_length)
+        size = whole_rows(max(1, at_once // self._max_length))
         scores: dict[int, np.ndarray] = {}
         starts = range(0, rows.num_rows, size)
         for start in track(starts, total=len(starts), description=description):
             members = [rows.row(r) for r in range(start, min(start + size, rows.num_rows))]
             batch, places = _batch(items, members, size, self._max_length)
-            nll_BT = np.asarray(_nll(self._model, self._variables, batch, self._routing))
+            nll_BT = to_host(_nll(self._model, self._variables, batch, self._routing))
             scores.update({index: -nll_BT[place] for index, place in places.items()})
         return [scores[index] for index in range(len(items))]
 

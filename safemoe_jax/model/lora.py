@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from safemoe_jax.config import ExpertsConfig
+from safemoe_jax.parallel.sharding import constrain
 
 # The name by which a remat policy finds the projections' outputs. A policy that looks for matmuls
 # does not see the one inside `frozen_dot`.
@@ -49,11 +50,27 @@ Routing = OwnExpert | Gates | Routed | None
 
 
 def gathered_mixture(
-    x_BTD: jax.Array, a_EDR: jax.Array, b_ERO: jax.Array, ids_B: jax.Array
+    x_BTD: jax.Array,
+    a_EDR: jax.Array,
+    b_ERO: jax.Array,
+    ids_B: jax.Array,
+    axes: tuple[str | None, str | None],
 ) -> jax.Array:
-    """(1) where row b has gate 1 for expert ids_B[b] and 0 for all others -> [B, T, O]."""
-    z_BTR = jnp.einsum("BTD,BDR->BTR", x_BTD, a_EDR[ids_B])
-    return jnp.einsum("BTR,BRO->BTO", z_BTR, b_ERO[ids_B])
+    """(1) where row b has gate 1 for expert ids_B[b] and 0 for all others -> [B, T, O].
+
+    `axes` are the logical names of D and O.
+    """
+
+    def own(leaf, *axes):
+        rows = leaf[ids_B]
+        if "embed" in axes:
+            # As in the embedding: each device gathers its part of an expert for all of fsdp's
+            # rows, and only then a row's expert comes to where the row is.
+            rows = constrain(leaf[constrain(ids_B, "gathered_batch")], "gathered_batch", *axes)
+        return constrain(rows, "batch", *axes)
+
+    z_BTR = jnp.einsum("BTD,BDR->BTR", x_BTD, own(a_EDR, axes[0], "rank"))
+    return jnp.einsum("BTR,BRO->BTO", z_BTR, own(b_ERO, "rank", axes[1]))
 
 
 def dense_mixture(
@@ -123,7 +140,7 @@ class Projection(nn.Module):
             ("expert", "rank", out_axis),
         ).astype(x_BTD.dtype)
         if isinstance(routing, OwnExpert):
-            mixture_BTO = gathered_mixture(x_BTD, a_EDR, b_ERO, routing.ids_B)
+            mixture_BTO = gathered_mixture(x_BTD, a_EDR, b_ERO, routing.ids_B, self.axes)
         else:
             mixture_BTO = dense_mixture(x_BTD, a_EDR, b_ERO, routing.gates.astype(x_BTD.dtype))
         return checkpoint_name(y_BTO + self.experts.scale * mixture_BTO, PROJECTED)

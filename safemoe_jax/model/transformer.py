@@ -16,12 +16,14 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
 from safemoe_jax.model.attention import at_least_float32, attention, rotary, rotation
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
+from safemoe_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
@@ -63,6 +65,16 @@ class Output:
     head_VD: jax.Array
     gates_LBTE: jax.Array | None
     cache: Cache
+
+
+# Logical names of its leaves' axes.
+CACHE_AXES = Cache(
+    k_LBKCH=PartitionSpec("layers", "batch", "kv_heads", "cache", "head_dim"),
+    v_LBKCH=PartitionSpec("layers", "batch", "kv_heads", "cache", "head_dim"),
+    router_sum_LBS=PartitionSpec("layers", "batch", "slot"),
+    prompt_B=PartitionSpec("batch"),
+    length_B=PartitionSpec("batch"),
+)
 
 
 def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
@@ -115,6 +127,8 @@ class Attention(nn.Module):
         q_BTNH = rotary(project("q", query_dim, "heads"), context.turn)
         k_BTKH = rotary(project("k", kv_dim, "kv_heads"), context.turn)
         v_BTKH = project("v", kv_dim, "kv_heads")
+        # Queries stay where their tokens are; keys and values are gathered over `length`.
+        k_BTKH, v_BTKH = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BTKH, v_BTKH))
         cached = None if past is None else (*past, context.filled_BC)
         mixed_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, context.mask_BTT, cached)
         mixed_BTO = mixed_BTNH.reshape(*mixed_BTNH.shape[:-2], -1)
@@ -175,7 +189,7 @@ class Block(nn.Module):
         x_BTD += mixed_BTD
         h_BTD = RMSNorm(name="mlp_norm", **norm)(x_BTD)
         x_BTD += MLP(self.spec, projection, name="mlp")(h_BTD, routing)
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
+        x_BTD = constrain(x_BTD, "batch", "length", "activation")
         return x_BTD, (k_BKTH, v_BKTH, sum_BS, gates_BTE)
 
 
@@ -210,7 +224,8 @@ class Transformer(nn.Module):
         kv = jnp.zeros(shape, self.compute_dtype)
         sums = jnp.zeros((layers, batch, num_slots(self.router, self.num_experts)), jnp.float32)
         none = jnp.zeros(batch, jnp.int32)
-        return Cache(kv, kv, sums, prompt_B=none, length_B=none)
+        empty = Cache(kv, kv, sums, prompt_B=none, length_B=none)
+        return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), empty, CACHE_AXES)
 
     @nn.compact
     def __call__(
@@ -239,8 +254,10 @@ class Transformer(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         shape = (spec.vocab_size, spec.embed_dim)
         embedding_VD = Table("embedding", init, shape, self.param_dtype, name="embed")()
-        x_BTD = embedding_VD[tokens_BT].astype(self.compute_dtype)
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
+        # Each device looks its own columns up for all of fsdp's rows: tokens travel, no table does.
+        tokens_BT = constrain(tokens_BT, "gathered_batch", "length")
+        x_BTD = constrain(embedding_VD[tokens_BT], "gathered_batch", "length", "embed")
+        x_BTD = constrain(x_BTD.astype(self.compute_dtype), "batch", "length", "activation")
 
         past, context = self._context(positions_BT, segment_ids_BT, prompt_mask_BT, cache)
         block = Block

@@ -1,12 +1,15 @@
 """The device mesh: one device unless the config says otherwise."""
 
 import math
+from collections.abc import Iterable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from safemoe_jax.config import MeshConfig
 from safemoe_jax.errors import UserError
+from safemoe_jax.parallel.sharding import RULES
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -28,3 +31,25 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(
         shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)]
     )
+
+
+def check_divides(config: MeshConfig, sizes: Iterable[tuple[str, str, int]]) -> None:
+    """Refuses a mesh whose axes do not divide what they cut.
+
+    Args:
+      config: the mesh.
+      sizes: what is cut, the logical axis by which it is cut, and its size.
+
+    Raises:
+      UserError: names the mesh axis, the size and what would divide it.
+    """
+    table = dict(RULES)
+    for what, logical, size in sizes:
+        axes = np.atleast_1d(table[logical])
+        parts = math.prod(getattr(config, axis) for axis in axes)
+        if size % parts:
+            divisors = [str(n) for n in range(1, size + 1) if size % n == 0]
+            raise UserError(
+                f"{' x '.join(f'config.mesh.{axis}' for axis in axes)} is {parts}, which does not "
+                f"divide {what}, {size}; {', '.join(divisors)} would"
+            )

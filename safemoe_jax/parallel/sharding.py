@@ -1,17 +1,22 @@
 """Where arrays live: one table from logical axis names to mesh axes.
 
-Every array of base, experts, router and batch carries logical names; another layout is another
-table, never another model.
+Every array of base, experts, router, cache and batch carries logical names; another layout is
+another table, never another model. Nothing here needs an array: shapes do, on any mesh.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("gathered_batch", "data"),
+    ("parts", ("data", "fsdp", "context")),
     ("length", "context"),
     ("activation", None),
     ("vocab", "tensor"),
@@ -24,24 +29,91 @@ RULES = (
     ("expert", None),
     ("rank", None),
     ("slot", None),
+    ("cache", None),
+    ("head_dim", None),
 )
 
 
-def shardings(mesh: Mesh, boxed: Any) -> Any:
-    """The shardings of a tree whose leaves carry logical axis names, as `model.init` makes it."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+def shardings(mesh: Mesh, named: Any) -> Any:
+    """The shardings of a tree whose leaves carry logical axis names.
+
+    Args:
+      mesh: the mesh.
+      named: leaves boxed with names, as `model.init` makes them, or `PartitionSpec`s of names.
+    """
+    specs = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, PartitionSpec) else leaf.get_partition_spec(),
+        named,
+        is_leaf=lambda leaf: isinstance(leaf, (PartitionSpec, nn.Partitioned)),
+    )
+    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the batch axes; a row stays whole."""
-    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays `x` out by the table on the mesh that `jax.set_mesh` has set; without one, nothing.
+
+    An axis that the mesh cannot cut evenly stays whole: the one token of a decoding step, the one
+    row of an initialisation.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = [
+        names if size % _extent(mesh.shape, names) == 0 else None
+        for size, names in zip(x.shape, nn.logical_to_mesh_axes(axes, RULES), strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def extent(*axes: str) -> int:
+    """Into how many parts the mesh that is set cuts arrays along logical axes, together."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = (_extent(mesh.shape, names) for names in nn.logical_to_mesh_axes(axes, RULES))
+    return 1 if mesh.empty else math.prod(parts)
+
+
+def whole_rows(wanted: int) -> int:
+    """The next number of rows that the mesh that is set can cut evenly."""
+    return -(-wanted // extent("batch")) * extent("batch")
+
+
+def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
+    """Rows over the batch axes, tokens over the context axis.
+
+    Args:
+      mesh: the mesh.
+      batch: arrays or shapes [B] and [B, T], by name.
+    """
+    names = {1: PartitionSpec("batch"), 2: PartitionSpec("batch", "length")}
+    return shardings(mesh, {key: names[len(value.shape)] for key, value in batch.items()})
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Which rows of a batch of `num_rows` the devices of this process hold, in order."""
+    (sharding,) = batch_shardings(mesh, {"": np.empty(num_rows)}).values()
+    held = sharding.addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in held]))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """A host batch as arrays on the mesh; example ids stay behind, no step reads them."""
+    """The rows that this process gives (see `local_rows`) as part of arrays on the mesh.
+
+    Example ids stay behind; no step reads them.
+    """
     read = {key: value for key, value in batch.items() if key != "example_ids_BS"}
-    return jax.device_put(read, batch_sharding(mesh))
+    parts = math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
+    share = parts // len(local_rows(mesh, parts))  # the batch is this many times what is here
+    return {
+        key: jax.make_array_from_process_local_data(
+            sharding, read[key], (share * read[key].shape[0], *read[key].shape[1:])
+        )
+        for key, sharding in batch_shardings(mesh, read).items()
+    }
+
+
+def _extent(shape: Mapping[str, int], names: str | tuple[str, ...] | None) -> int:
+    return math.prod(shape[name] for name in np.atleast_1d(names or ()))

@@ -4,11 +4,11 @@ The base is named by the hash of its weight files, so that a checkpoint stays sm
 one base.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.training.state import TrainState
@@ -17,7 +17,7 @@ from safemoe_jax.training.state import TrainState
 class Checkpoints:
     """Asynchronous, atomic checkpoints of one stage; every process calls save and restore alike."""
 
-    def __init__(self, directory: Path, *, keep: int, identity: dict[str, Any]) -> None:
+    def __init__(self, directory: epath.Path, *, keep: int, identity: dict[str, Any]) -> None:
         """Opens or creates the directory.
 
         Args:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -12,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax.config import TrainConfig
+from safemoe_jax.parallel.hosts import loss_of_hosts_explained
 from safemoe_jax.parallel.sharding import put_batch
 from safemoe_jax.progress import Meter, track
 from safemoe_jax.training.checkpoints import Checkpoints
-from safemoe_jax.training.interruption import Interrupted, signals_noted
+from safemoe_jax.training.interruption import Interrupted, interruption_noted
 from safemoe_jax.training.metrics import MetricsWriter
 from safemoe_jax.training.state import TrainState, keep_best
 
@@ -62,7 +64,8 @@ def train(
     config: TrainConfig,
     mesh: Mesh,
     checkpoints: Checkpoints,
-    metrics_path: Any,
+    metrics_path: Path,
+    publish: Callable[[], None],
 ) -> TrainState:
     """Trains to `config.steps`, from the newest checkpoint where there is one.
 
@@ -74,7 +77,7 @@ def train(
       The final state; its `best` holds the best validated weights.
 
     Raises:
-      Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
+      Interrupted: after SIGTERM or Ctrl-C to any process, once the state is saved by all.
       Diverged: where a loss is not finite; names step, rows and the last good checkpoint.
     """
     # Order: 1. newest checkpoint  2. data position  3. metrics behind it are dropped  4. steps.
@@ -85,7 +88,8 @@ def train(
     writer = MetricsWriter(metrics_path, stage.name, first)
     meter = Meter()
     log = _Log(stage, writer, meter, checkpoints)
-    remember = jax.jit(keep_best, donate_argnums=0)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    remember = jax.jit(keep_best, donate_argnums=0, out_shardings=placed)
 
     steps = track(
         range(first, config.steps),
@@ -94,12 +98,17 @@ def train(
         description=f"train {stage.name}",
         meter=meter,
     )
-    with signals_noted() as interruption:
+    with (
+        jax.set_mesh(mesh),
+        loss_of_hosts_explained(),
+        interruption_noted(mesh) as interruption,
+    ):
         for index in steps:
             batch = next(stage.batches)
             state, metrics = stage.step(state, stage.frozen, put_batch(mesh, batch))
             # The next step is under way before the last one's metrics are read.
             log.read(next_up=_Dispatched(index + 1, metrics, batch["example_ids_BS"]))
+            stop = interruption.agreed()
 
             done = index + 1
             if done % config.validate_every == 0 or done == config.steps:
@@ -107,10 +116,11 @@ def train(
                 state = remember(state, loss)
                 writer.write(done, "validation", **_by_stream("loss", loss, stage.streams))
                 meter.note = f"validation loss {np.mean(loss):.3f}"
-            if done % config.save_every == 0 or done == config.steps or interruption.is_set:
+            if done % config.save_every == 0 or done == config.steps or stop:
                 log.read(next_up=None)  # nothing that diverged is ever saved
                 checkpoints.save(done, state, stage.batches.get_state())
-            if interruption.is_set and done < config.steps:
+                publish()  # metrics.jsonl, with the checkpoint that its rows lead to
+            if stop and done < config.steps:
                 checkpoints.wait()
                 raise Interrupted(
                     f"interrupted in {stage.name} after step {done} of {config.steps}; saved, the "

@@ -1,15 +1,19 @@
 """Next-token loss without logits where nobody asks for them.
 
-Shape letters: B batch, T tokens, C tokens of a chunk, D model, V vocabulary, L layers, E experts.
+Shape letters: B batch, T tokens, P parts of rows, C tokens of a chunk, D model, V vocabulary, L
+layers, E experts.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.transformer import Transformer, logits
+from safemoe_jax.parallel.sharding import constrain, extent
 
-_LOGITS_AT_ONCE = 2**25  # bounds the [B, C, V] block: 128 MiB in float32
+_LOGITS_AT_ONCE = 2**25  # bounds a device's [P, C, V] block: 128 MiB in float32
 
 
 def batch_nll(
@@ -65,49 +69,71 @@ token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
     batch, length, _ = hidden_BTD.shape
-    chunk = max(1, min(length, _LOGITS_AT_ONCE // (batch * head_VD.shape[0])))
+    # Where the mesh cuts rows along T, each part is compacted where it is.
+    parts = math.gcd(length, extent("length"))
+    hidden_PTD, targets_PT, mask_PT = (
+        constrain(
+            x.reshape(batch * parts, length // parts, *x.shape[2:]), "parts", *[None] * (x.ndim - 1)
+        )
+        for x in (hidden_BTD, targets_BT, mask_BT)
+    )
+    nll_PT, gradient_PTD = _compacted(
+        hidden_PTD, head_VD, targets_PT, mask_PT, with_gradient=with_gradient
+    )
+    nll_BT = constrain(nll_PT.reshape(batch, length), "batch", "length")
+    if not with_gradient:
+        return nll_BT, None
+    gradient_BTD = gradient_PTD.reshape(hidden_BTD.shape)
+    return nll_BT, constrain(gradient_BTD, "batch", "length", "activation")
+
+
+def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
+    parts, length, _ = hidden_PTD.shape
+    at_once = _LOGITS_AT_ONCE * extent("parts", "vocab")
+    chunk = max(1, min(length, at_once // (parts * head_VD.shape[0])))
     padding = -length % chunk
-    front_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
+    head_VD = constrain(head_VD, "vocab", "activation")  # gathered once, not for each chunk
+    front_PT = jnp.argsort(~mask_PT, axis=1, stable=True)
 
     def to_front(x):
-        order = front_BT if x.ndim == 2 else front_BT[..., None]
+        order = front_PT if x.ndim == 2 else front_PT[..., None]
         x = jnp.take_along_axis(x, order, axis=1)
         return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
 
     def to_place(x):
-        order = jnp.argsort(front_BT, axis=1)
+        order = jnp.argsort(front_PT, axis=1)
         return jnp.take_along_axis(x, order if x.ndim == 2 else order[..., None], axis=1)
 
-    hidden_BTD, targets_BT, sorted_mask_BT = map(to_front, (hidden_BTD, targets_BT, mask_BT))
-    fullest = mask_BT.sum(axis=1).max()
+    hidden_PTD, targets_PT, sorted_mask_PT = map(to_front, (hidden_PTD, targets_PT, mask_PT))
+    fullest = mask_PT.sum(axis=1).max()
 
     def block(carry):
-        at, nll_BT, gradient_BTD = carry
-        hidden_BCD, targets_BC, mask_BC = (
+        at, nll_PT, gradient_PTD = carry
+        hidden_PCD, targets_PC, mask_PC = (
             jax.lax.dynamic_slice_in_dim(x, at, chunk, axis=1)
-            for x in (hidden_BTD, targets_BT, sorted_mask_BT)
+            for x in (hidden_PTD, targets_PT, sorted_mask_PT)
         )
-        logits_BCV = logits(hidden_BCD, head_VD)
-        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        nll_BC = jnp.where(mask_BC, log_z_BC - target_BC, 0.0)
-        nll_BT = jax.lax.dynamic_update_slice_in_dim(nll_BT, nll_BC, at, axis=1)
+        logits_PCV = logits(hidden_PCD, head_VD)
+        log_z_PC = jax.nn.logsumexp(logits_PCV, axis=-1)
+        target_PC = jnp.take_along_axis(logits_PCV, targets_PC[..., None], axis=-1)[..., 0]
+        nll_PC = jnp.where(mask_PC, log_z_PC - target_PC, 0.0)
+        nll_PT = jax.lax.dynamic_update_slice_in_dim(nll_PT, nll_PC, at, axis=1)
         if with_gradient:
             # d nll / d logits = softmax - one_hot(target), and so through the head.
-            probability_BCV = jnp.exp(logits_BCV - log_z_BC[..., None]).astype(hidden_BCD.dtype)
-            head = head_VD.astype(hidden_BCD.dtype)
-            gradient_BCD = jnp.einsum("BCV,VD->BCD", probability_BCV, head) - head[targets_BC]
-            gradient_BCD = jnp.where(mask_BC[..., None], gradient_BCD, 0.0)
-            gradient_BTD = jax.lax.dynamic_update_slice_in_dim(
-                gradient_BTD, gradient_BCD, at, axis=1
+            probability_PCV = jnp.exp(logits_PCV - log_z_PC[..., None]).astype(hidden_PCD.dtype)
+            head = head_VD.astype(hidden_PCD.dtype)
+            gradient_PCD = jnp.einsum("PCV,VD->PCD", probability_PCV, head) - head[targets_PC]
+            gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0)
+            gradient_PTD = jax.lax.dynamic_update_slice_in_dim(
+                gradient_PTD, gradient_PCD, at, axis=1
             )
-        return at + chunk, nll_BT, gradient_BTD
+        return at + chunk, nll_PT, gradient_PTD
 
-    log_dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    log_dtype = jnp.promote_types(hidden_PTD.dtype, jnp.float32)
     start = (
         jnp.zeros((), fullest.dtype),
-        jnp.zeros((batch, length + padding), log_dtype),
-        jnp.zeros_like(hidden_BTD) if with_gradient else jnp.zeros((batch, 1, 1)),
+        jnp.zeros((parts, length + padding), log_dtype),
+        jnp.zeros_like(hidden_PTD) if with_gradient else jnp.zeros((parts, 1, 1)),
     )
-    _, nll_BT, gradient_BTD = jax.lax.while_loop(lambda carry: carry[0] < fullest, block, start)
-    return to_place(nll_BT), to_place(gradient_BTD) if with_gradient else None
+    _, nll_PT, gradient_PTD = jax.lax.while_loop(lambda carry: carry[0] < fullest, block, start)
+    return to_place(nll_PT), to_place(gradient_PTD) if with_gradient else None

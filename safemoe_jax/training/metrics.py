@@ -5,13 +5,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safemoe_jax.parallel.hosts import is_first
+
 
 class MetricsWriter:
-    """Appends rows of one stage; numbers only, never text of a corpus."""
+    """Appends rows of one stage; numbers only, never text of a corpus. Process 0 alone writes."""
 
     def __init__(self, path: Path, stage: str, from_step: int) -> None:
         """Opens the file and drops the stage's rows after `from_step`, which a killed run left."""
         self._path, self._stage = path, stage
+        if not is_first():
+            return
         rows = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [row for row in rows if not self._is_stale(row, from_step)]
         if len(kept) < len(rows):
@@ -25,6 +29,8 @@ class MetricsWriter:
           split: "train" or "validation".
           **values: numbers by name.
         """
+        if not is_first():
+            return
         row = {"stage": self._stage, "step": step, "split": split, "time": time.time(), **values}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")

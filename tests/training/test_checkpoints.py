@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from toys import ADAMW, SPEC, leaves_equal, shapes, toy_model, toy_variables
 
@@ -38,7 +39,9 @@ def open_checkpoints(tmp_path):
     opened = []
 
     def make(*, keep=2, identity=IDENTITY):
-        opened.append(Checkpoints(tmp_path / "checkpoints", keep=keep, identity=identity))
+        opened.append(
+            Checkpoints(epath.Path(tmp_path / "checkpoints"), keep=keep, identity=identity)
+        )
         return opened[-1]
 
     yield make

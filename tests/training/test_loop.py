@@ -1,9 +1,12 @@
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -13,8 +16,12 @@ import pytest
 import toy_run
 from toys import leaves_equal
 
-from safemoe_jax.training.interruption import SIGNALS, Interrupted, signals_noted
+from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.training import interruption as interruption_module
+from safemoe_jax.training.interruption import SIGNALS, Interrupted, interruption_noted
 from safemoe_jax.training.loop import Diverged
+
+MESH = make_mesh(toy_run.ONE)
 
 
 def rows(workdir):
@@ -72,7 +79,7 @@ def test_what_a_run_leaves_behind(whole):
 
 
 def test_a_killed_run_ends_bit_identical_to_one_that_was_not(whole, tmp_path):
-    script = [sys.executable, toy_run.__file__, str(tmp_path), "11"]
+    script = [sys.executable, toy_run.__file__, str(tmp_path), "data=1", "KILL", "0", "11"]
     tests = str(Path(toy_run.__file__).parent)
     killed = subprocess.run(
         script,
@@ -107,19 +114,19 @@ def test_sigterm_saves_and_the_next_run_goes_on(whole, tmp_path):
 
 
 def test_a_second_signal_acts_as_it_always_does():
-    with pytest.raises(KeyboardInterrupt), signals_noted() as flag:
+    with pytest.raises(KeyboardInterrupt), interruption_noted(MESH) as interruption:
         os.kill(os.getpid(), signal.SIGINT)
-        assert flag.is_set
+        assert interruption.agreed()
         os.kill(os.getpid(), signal.SIGINT)
         signal.sigtimedwait([], 0.1)
 
 
 def test_signals_are_as_before_once_training_is_over():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with signals_noted() as flag:
+    with interruption_noted(MESH) as interruption:
         assert not any(signal.getsignal(number) in before for number in SIGNALS)
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    assert not flag.is_set
+    assert not interruption.agreed()
 
 
 def test_a_finished_run_is_left_as_it_is(whole):
@@ -162,3 +169,35 @@ def test_a_gradient_that_is_no_number_is_not_saved_though_the_loss_is_one(tmp_pa
     with pytest.raises(Diverged, match=r"gradient norm \[ *1\. +inf\] at step 8"):
         toy_run.run(tmp_path, after=overflow)
     assert saved_steps(tmp_path) == [4]
+
+
+def test_a_notice_from_the_cloud_is_as_good_as_a_signal(monkeypatch):
+    """Against a server that plays Google's: it says NONE once, then that the machine will go."""
+    answers = iter(["NONE", "TERMINATE_ON_HOST_MAINTENANCE"])
+    asked = []
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            body = next(answers) if self.path.endswith("maintenance-event") else "FALSE"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(interruption_module, "_SECONDS_BETWEEN_POLLS", 0.05)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+        with interruption_noted(MESH) as interruption:
+            assert not interruption.agreed()
+            deadline = time.monotonic() + 20
+            while not interruption.agreed() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert interruption.agreed()
+        server.shutdown()
+    path = "/computeMetadata/v1/instance"
+    assert set(asked) == {(f"{path}/preempted", "Google"), (f"{path}/maintenance-event", "Google")}
+    assert next(answers, None) is None

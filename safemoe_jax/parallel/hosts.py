@@ -1,0 +1,119 @@
+"""One run on several hosts: every host starts the same command, and they find one another.
+
+Everything is computed by all processes together; files that are one for the whole run are written
+by process 0, in a directory that all can see.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from safemoe_jax.errors import UserError
+from safemoe_jax.progress import console
+
+_HEARTBEAT_SECONDS = 30  # after which a host that died ends the others
+_JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def connect(timeout_seconds: int = 300) -> None:
+    """Joins the run's other processes, where the environment says that there are any.
+
+    That is the case with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, in a Slurm
+    step of several tasks, and on a TPU slice of several hosts. To be called before JAX is used.
+
+    Args:
+      timeout_seconds: how long to wait for the others.
+
+    Raises:
+      UserError: where they do not come, or the environment contradicts itself.
+    """
+    if jax.distributed.is_initialized() or (said := _environment()) is None:
+        return
+    # It would take SIGTERM away from training.interruption, which owns it.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **said,
+            initialization_timeout=timeout_seconds,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except ValueError:  # what looked like a cluster is a machine on its own
+        return
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"not all hosts of this run came within {timeout_seconds} s ({reason}); start the same "
+            "command on every host, and see that each reaches the first one's coordinator port"
+        ) from error
+    console.quiet = not is_first()
+
+
+def _environment() -> dict[str, Any] | None:
+    """What to tell `jax.distributed.initialize`; None for a process on its own."""
+    given = [name for name in _JAX_VARIABLES if os.environ.get(name)]
+    if given:
+        if missing := [name for name in _JAX_VARIABLES if name not in given]:
+            raise UserError(f"{given[0]} is set and {missing[0]} is not; set all three, or none")
+        try:
+            count, index = (int(os.environ[name]) for name in _JAX_VARIABLES[1:])
+        except ValueError as error:
+            raise UserError(
+                f"JAX_NUM_PROCESSES or JAX_PROCESS_ID is no number ({error})"
+            ) from error
+        address = os.environ["JAX_COORDINATOR_ADDRESS"]
+        return dict(coordinator_address=address, num_processes=count, process_id=index)
+    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return {} if slurm or tpu else None  # JAX reads the rest from Slurm or the TPU's metadata
+
+
+@contextmanager
+def loss_of_hosts_explained() -> Iterator[None]:
+    """Adds to what a collective raises what its reader can do, should another host have ended."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            error.add_note(
+                f"safemoe: host {jax.process_index()} of {jax.process_count()} stops; if another "
+                "one has ended, start the same command on all hosts again: it goes on from the "
+                "last checkpoint"
+            )
+        raise
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def first_says(value: int) -> int:
+    """Process 0's `value`, on every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def all_agree(here: bool) -> bool:
+    """Whether `here` is true on every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(here))))
+
+
+def wait_for_all(what: str) -> None:
+    """Until every process has come to the same place."""
+    multihost_utils.sync_global_devices(what)
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of arrays as numpy arrays, whole on every process; all of them must call it."""
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)

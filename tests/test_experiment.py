@@ -1,0 +1,52 @@
+import dataclasses
+
+import pytest
+
+from experiments import pyrit
+from safemoe_jax.config import MeshConfig, freeze
+from safemoe_jax.errors import UserError
+from safemoe_jax.experiment import check_layout
+from safemoe_jax.model.spec import ModelSpec
+
+SPEC = ModelSpec(
+    vocab_size=49_152,
+    embed_dim=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_dim=1536,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_positions=2048,
+)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulation", "message"),
+    [
+        (
+            (7, 1, 1, 1),
+            1,
+            "fsdp is 7, .* the rows of a microbatch of train.router, 2; 1, 2",
+        ),
+        ((1, 2, 1, 1), 1, "is 2, .* the rows of a microbatch of train.experts, 7; 1, 7 would"),
+        ((1, 7, 1, 1), 1, "config.mesh.fsdp is 7, .* the base's width, 576; 1, 2, 3, 4, 6, 8,"),
+        ((1, 1, 2, 1), 1, "config.mesh.tensor is 2, .* its query heads, 9; 1, 3, 9 would"),
+        ((1, 1, 9, 1), 1, "config.mesh.tensor is 9, .* its vocabulary, 49152;"),
+        ((1, 1, 1, 5), 1, "config.mesh.context is 5, .* data.sequence_length, 384;"),
+        (
+            (1, 1, 1, 1),
+            2,
+            "7 rows cannot be cut into 2 microbatches; .*experts.accumulation",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_experiment_is_refused(mesh, accumulation, message):
+    config = freeze(pyrit.get_config())
+    check_layout(config, SPEC)
+    experts = dataclasses.replace(config.train.experts, accumulation=accumulation)
+    train = dataclasses.replace(config.train, experts=experts)
+    with pytest.raises(UserError, match=message):
+        check_layout(dataclasses.replace(config, mesh=MeshConfig(*mesh), train=train), SPEC)
