@@ -21,6 +21,8 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
+        "etils[epath]>=1.13",
+        "fsspec>=2026.2",
         "ml-collections>=1.1",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6",  # tensorflow-datasets needs it for a builder inside a package
@@ -39,7 +41,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
-        "test": ["pytest>=8", "ruff>=0.12"],
+        "gcs": ["gcsfs>=2026.2"],  # gs:// as work directory, data or base
+        "test": ["pytest>=8", "ruff>=0.12", "gcsfs>=2026.2", "gcp-storage-emulator>=2026.7"],
         "parity": ["torch"],
     },
     entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},

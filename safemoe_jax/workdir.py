@@ -116,7 +116,7 @@ class Workdir:
         """Where a stage's checkpoints are, in a directory that holds nothing else."""
         if self._mirror is not None:
             return self._mirror.path(stage, "checkpoints")
-        return epath.Path(self.root) / stage / "checkpoints"
+        return epath.Path(self.root.absolute()) / stage / "checkpoints"
 
     def _check_shared(self) -> None:
         """Several hosts work in one directory, not in several of one name."""

@@ -21,13 +21,13 @@ class Checkpoints:
         """Opens or creates the directory.
 
         Args:
-          directory: of this stage's checkpoints.
+          directory: of this stage's checkpoints, absolute or a URL.
           keep: how many of the newest stay.
           identity: what must be equal for a checkpoint to be continued: base, data, settings.
         """
         self._directory, self._identity = directory, identity
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(directory, options=options)
 
     @property
     def latest_step(self) -> int:
