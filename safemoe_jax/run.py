@@ -35,7 +35,7 @@ from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Gates, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
-from safemoe_jax.parallel.hosts import is_first, loss_of_hosts_explained, to_host
+from safemoe_jax.parallel.hosts import is_first, to_host
 from safemoe_jax.parallel.sharding import local_rows, replicated
 from safemoe_jax.progress import console
 from safemoe_jax.training.checkpoints import Checkpoints
@@ -176,7 +176,7 @@ def train_safe_lora(experiment: Experiment) -> Any:
 
 def evaluate(experiment: Experiment) -> None:
     """Compares the config's systems on held-out prompts and prints the table."""
-    with jax.set_mesh(experiment.mesh), loss_of_hosts_explained():
+    with jax.set_mesh(experiment.mesh):
         _evaluate(experiment)
 
 

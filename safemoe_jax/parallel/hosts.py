@@ -5,8 +5,7 @@ by process 0, in a directory that all can see.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,21 @@ def connect(timeout_seconds: int = 300) -> None:
     That is the case with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, in a Slurm
     step of several tasks, and on a TPU slice of several hosts. To be called before JAX is used.
 
+    Where a host does not come, or ends later, JAX ends the others by an abort that nothing in
+    Python sees. So what to do then is said beforehand.
+
     Args:
       timeout_seconds: how long to wait for the others.
 
     Raises:
-      UserError: where they do not come, or the environment contradicts itself.
+      UserError: where the environment contradicts itself.
     """
     if jax.distributed.is_initialized() or (said := _environment()) is None:
         return
+    _say(
+        f"waiting up to {timeout_seconds} s for the run's other hosts; if this times out, start "
+        "the same command on every host, and see that each reaches the first one"
+    )
     # It would take SIGTERM away from training.interruption, which owns it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -43,15 +49,23 @@ def connect(timeout_seconds: int = 300) -> None:
             initialization_timeout=timeout_seconds,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    except ValueError:  # what looked like a cluster is a machine on its own
-        return
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"not all hosts of this run came within {timeout_seconds} s ({reason}); start the same "
-            "command on every host, and see that each reaches the first one's coordinator port"
-        ) from error
+    except ValueError as error:
+        if said:
+            raise UserError(
+                f"{' '.join(_JAX_VARIABLES)} do not fit: {error}; correct them"
+            ) from error
+        return  # what looked like a cluster is a machine on its own
     console.quiet = not is_first()
+    if jax.process_count() > 1:
+        _say(
+            f"host {jax.process_index()} of {jax.process_count()}; if one ends, JAX ends the "
+            f"others within {2 * _HEARTBEAT_SECONDS} s: start the same command on all hosts again, "
+            "it goes on from the last checkpoint"
+        )
+
+
+def _say(message: str) -> None:
+    print(f"safemoe: {message}", file=sys.stderr, flush=True)
 
 
 def _environment() -> dict[str, Any] | None:
@@ -71,21 +85,6 @@ def _environment() -> dict[str, Any] | None:
     slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
     tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     return {} if slurm or tpu else None  # JAX reads the rest from Slurm or the TPU's metadata
-
-
-@contextmanager
-def loss_of_hosts_explained() -> Iterator[None]:
-    """Adds to what a collective raises what its reader can do, should another host have ended."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1:
-            error.add_note(
-                f"safemoe: host {jax.process_index()} of {jax.process_count()} stops; if another "
-                "one has ended, start the same command on all hosts again: it goes on from the "
-                "last checkpoint"
-            )
-        raise
 
 
 def is_first() -> bool:

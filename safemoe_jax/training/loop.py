@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax.config import TrainConfig
-from safemoe_jax.parallel.hosts import loss_of_hosts_explained
 from safemoe_jax.parallel.sharding import put_batch
 from safemoe_jax.progress import Meter, track
 from safemoe_jax.training.checkpoints import Checkpoints
@@ -98,11 +97,7 @@ def train(
         description=f"train {stage.name}",
         meter=meter,
     )
-    with (
-        jax.set_mesh(mesh),
-        loss_of_hosts_explained(),
-        interruption_noted(mesh) as interruption,
-    ):
+    with jax.set_mesh(mesh), interruption_noted(mesh) as interruption:
         for index in steps:
             batch = next(stage.batches)
             state, metrics = stage.step(state, stage.frozen, put_batch(mesh, batch))

@@ -44,13 +44,6 @@ GRADIENT = optax.GradientTransformation(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiles_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def on(layout: str):
     """Both train steps, the logits and an answer on a layout, and the steps' compiled text."""
