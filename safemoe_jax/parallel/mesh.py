@@ -15,15 +15,20 @@ AXES = ("data", "fsdp", "tensor", "context")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over the first data * fsdp * tensor * context devices.
+    """A mesh over the first data * fsdp * tensor * context devices; on several hosts over all.
 
     Raises:
-      UserError: where there are fewer devices.
+      UserError: where there are fewer devices, or hosts would have none.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
     devices = jax.devices()
+    axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+    if jax.process_count() > 1 and math.prod(shape) < len(devices):
+        raise UserError(
+            f"config.mesh asks for {axes} = {math.prod(shape)} devices of {len(devices)} on "
+            f"{jax.process_count()} hosts; let its axes multiply to {len(devices)}"
+        )
     if math.prod(shape) > len(devices):
-        axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
         raise UserError(
             f"config.mesh asks for {axes} = {math.prod(shape)} devices and {len(devices)} "
             f"{devices[0].platform} devices are there; lower a mesh axis"

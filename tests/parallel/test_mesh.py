@@ -35,3 +35,10 @@ def test_a_size_that_an_axis_does_not_divide_is_named_with_what_would():
         "1, 2, 3, 4, 6, 12 would",
     ):
         check_divides(mesh, [("the heads", "heads", 6), ("the rows", "batch", 12)])
+
+
+def test_several_hosts_use_all_of_their_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert make_mesh(MeshConfig(data=2, fsdp=4, tensor=1, context=1)).size == 8
+    with pytest.raises(UserError, match="= 4 devices of 8 on 2 hosts; .* multiply to 8"):
+        make_mesh(MeshConfig(data=1, fsdp=4, tensor=1, context=1))
