@@ -40,5 +40,5 @@ def test_a_size_that_an_axis_does_not_divide_is_named_with_what_would():
 def test_several_hosts_use_all_of_their_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert make_mesh(MeshConfig(data=2, fsdp=4, tensor=1, context=1)).size == 8
-    with pytest.raises(UserError, match="= 4 devices of 8 on 2 hosts; .* multiply to 8"):
+    with pytest.raises(UserError, match=r"= 4 devices of 8 on 2 hosts; .* multiply to 8"):
         make_mesh(MeshConfig(data=1, fsdp=4, tensor=1, context=1))
