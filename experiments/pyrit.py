@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.model.param_dtype = "float32"
     config.model.compute_dtype = "float32"
     config.model.remat = "none"
+    config.model.attention = "auto"
 
     config.data = ConfigDict()
     config.data.corpus = "pyrit"

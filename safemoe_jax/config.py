@@ -25,12 +25,15 @@ class ModelConfig:
       param_dtype: how the frozen weights rest in memory.
       compute_dtype: what activations and matmuls use; experts and router rest in float32.
       remat: what the backward pass recomputes: "none", "dots" (keeps matmul outputs) or "full".
+      attention: "auto" takes what the platform has: splash attention on TPUs, cuDNN's on GPUs where
+        compute_dtype has 16 bits, else the reference.
     """
 
     source: str
     param_dtype: Literal["float32", "bfloat16"]
     compute_dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "dots", "full"]
+    attention: Literal["auto", "reference", "cudnn", "splash"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +268,11 @@ def _check(config: Config) -> None:
         if value <= 0:
             raise UserError(f"config.{key} is {value}; it must be greater than 0")
 
+    if config.model.attention == "cudnn" and config.model.compute_dtype == "float32":
+        raise UserError(
+            "config.model.attention is 'cudnn' with compute_dtype 'float32'; cuDNN's kernel needs "
+            "compute_dtype 'bfloat16', or choose attention 'auto'"
+        )
     domains, targets = config.data.domains, config.experts.targets
     if not domains or len(set(domains)) != len(domains):
         raise UserError(f"config.data.domains is {domains}; name each domain once, at least one")

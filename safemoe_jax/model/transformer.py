@@ -19,7 +19,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
-from safemoe_jax.model.attention import at_least_float32, attention, rotary, rotation
+from safemoe_jax.model.attention import (
+    Kernel,
+    at_least_float32,
+    attention,
+    choose_kernel,
+    fused_attention,
+    rotary,
+    rotation,
+)
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
@@ -105,6 +113,7 @@ class Context:
 
     turn: tuple[jax.Array, jax.Array]  # cosine and sine of the positions, as `rotary` takes them
     mask_BTT: jax.Array
+    segment_ids_BT: jax.Array
     prompt_mask_BT: jax.Array
     prefix_BTT: jax.Array
     prompt_count_BT: jax.Array
@@ -113,6 +122,7 @@ class Context:
 
 class Attention(nn.Module):
     spec: ModelSpec
+    kernel: Kernel
     projection: dict[str, Any]
 
     @nn.compact
@@ -129,8 +139,11 @@ class Attention(nn.Module):
         v_BTKH = project("v", kv_dim, "kv_heads")
         # Queries stay where their tokens are; keys and values are gathered over `length`.
         k_BTKH, v_BTKH = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BTKH, v_BTKH))
-        cached = None if past is None else (*past, context.filled_BC)
-        mixed_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, context.mask_BTT, cached)
+        new = (q_BTNH, k_BTKH, v_BTKH, context.mask_BTT)
+        if past is None:
+            mixed_BTNH = fused_attention(self.kernel, *new, context.segment_ids_BT)
+        else:
+            mixed_BTNH = attention(*new, (*past, context.filled_BC))
         mixed_BTO = mixed_BTNH.reshape(*mixed_BTNH.shape[:-2], -1)
         out = Projection(spec.embed_dim, ("heads", "embed"), name="o", **self.projection)
         to_cache = (x_BTKH.swapaxes(1, 2) for x_BTKH in (k_BTKH, v_BTKH))
@@ -158,6 +171,7 @@ class Block(nn.Module):
     router: RouterConfig
     num_experts: int
     param_dtype: jnp.dtype
+    kernel: Kernel
 
     @nn.compact
     def __call__(self, x_BTD, past, context: Context, routing: Routing):
@@ -183,7 +197,7 @@ class Block(nn.Module):
             gates_BTE = jnp.broadcast_to(routing.gates, (*x_BTD.shape[:2], self.num_experts))
             routing = Gates(gates_BTE)
 
-        mixed_BTD, k_BKTH, v_BKTH = Attention(self.spec, projection, name="attention")(
+        mixed_BTD, k_BKTH, v_BKTH = Attention(self.spec, self.kernel, projection, name="attention")(
             h_BTD, context, past_kv, routing
         )
         x_BTD += mixed_BTD
@@ -203,18 +217,32 @@ class Transformer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     compute_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    kernel: Kernel = "reference"
 
     @classmethod
-    def from_config(cls, config: Config, spec: ModelSpec) -> "Transformer":
-        """The model of an experiment: one expert for each of its domains."""
+    def from_config(
+        cls, config: Config, spec: ModelSpec, platform: str | None = None
+    ) -> "Transformer":
+        """The model of an experiment: one expert for each of its domains.
+
+        Args:
+          config: the experiment.
+          spec: its base.
+          platform: of the devices that it will run on, "cpu", "gpu" or "tpu"; where not given, that
+            of this process's devices. The attention kernel depends on it.
+        """
+        compute_dtype, kernel = jnp.dtype(config.model.compute_dtype), config.model.attention
+        if kernel == "auto":
+            kernel = choose_kernel(platform or jax.default_backend(), compute_dtype)
         return cls(
             spec=spec,
             experts=config.experts,
             router=config.router,
             num_experts=len(config.data.domains),
             param_dtype=jnp.dtype(config.model.param_dtype),
-            compute_dtype=jnp.dtype(config.model.compute_dtype),
+            compute_dtype=compute_dtype,
             remat=config.model.remat,
+            kernel=kernel,
         )
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
@@ -273,7 +301,15 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=spec.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(spec, self.experts, self.router, self.num_experts, self.param_dtype, name="layers")
+        )(
+            spec,
+            self.experts,
+            self.router,
+            self.num_experts,
+            self.param_dtype,
+            self.kernel,
+            name="layers",
+        )
         x_BTD, (k, v, router_sum, gates_LBTE) = layers(x_BTD, past, context, routing)
 
         hidden_BTD = RMSNorm(spec.norm_eps, self.param_dtype, name="final_norm")(x_BTD)
@@ -309,7 +345,9 @@ class Transformer(nn.Module):
             filled_BC = slot_C[None, :] < cache.length_B[:, None]
             count_BT += cache.prompt_B[:, None]
         turn = rotation(positions_BT, self.spec.head_dim, self.spec.rope_theta)
-        return past, Context(turn, mask_BTT, prompt_mask_BT, prefix_BTT, count_BT, filled_BC)
+        return past, Context(
+            turn, mask_BTT, segment_ids_BT, prompt_mask_BT, prefix_BTT, count_BT, filled_BC
+        )
 
 
 class Table(nn.Module):

@@ -5,7 +5,7 @@ another table, never another model. Nothing here needs an array: shapes do, on a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -54,19 +54,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lays `x` out by the table on the mesh that `jax.set_mesh` has set; without one, nothing.
+    """Lays `x` out by the table on the mesh that `jax.set_mesh` has set; without one, nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout(x.shape, axes))
+
+
+def layout(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
+    """How the mesh that is set cuts an array of `shape` whose axes have these logical names.
 
     An axis that the mesh cannot cut evenly stays whole: the one token of a decoding step, the one
     row of an initialisation.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = [
-        names if size % _extent(mesh.shape, names) == 0 else None
-        for size, names in zip(x.shape, nn.logical_to_mesh_axes(axes, RULES), strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    named = zip(shape, nn.logical_to_mesh_axes(axes, RULES), strict=True)
+    return PartitionSpec(
+        *(names if size % _extent(mesh.shape, names) == 0 else None for size, names in named)
+    )
 
 
 def extent(*axes: str) -> int:

@@ -30,7 +30,7 @@ from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.base import BaseIdentity, BaseModel
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 COLLECTIONS = ("experts", "router")
 
