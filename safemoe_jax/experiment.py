@@ -39,8 +39,9 @@ class Experiment:
 
     @cached_property
     def mesh(self) -> Mesh:
+        mesh = make_mesh(self.config.mesh)
         check_layout(self.config, self.base.spec)
-        return make_mesh(self.config.mesh)
+        return mesh
 
     @cached_property
     def base(self) -> BaseModel:
