@@ -2,7 +2,13 @@
 
     safemoe run --config experiments/pyrit.py
 
-Hardware: 2 CPU cores, 8 GiB of memory.
+Hardware: 2 CPU cores, 16 GiB of memory. Time on two AVX2 cores shared with other work: 71 minutes
+of training, 61 of evaluation; not measured undisturbed.
+
+What came out (2026-11-24, one seed, 77 prompts): every expert has a lower NLL of its own domain's
+held-out harmful answers than base (by 0.11 to 0.25) and other experts; safe answers' NLL is 2.527
+under the base, 2.387 under the uniform mixture, 2.349 under SafeMoE, 2.374 under one LoRA of equal
+size. Judged safe: 89.6 % base, 87.0 % SafeMoE, intervals overlapping; refusals 14.3 % and 3.9 %.
 """
 
 from ml_collections import ConfigDict
