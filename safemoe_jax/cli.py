@@ -121,7 +121,9 @@ def _add_sweep(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("sweep", type=Path, metavar="FILE", help="sweep file, as experiments/sweeps/")
     sub.add_argument("--config", type=Path, help="another experiment than the sweep file's own")
-    sub.add_argument("--workdir", type=Path, help="default: runs/sweep-<name of the sweep file>")
+    sub.add_argument(
+        "--workdir", metavar="DIR", help="default: runs/sweep-<name of the sweep file>"
+    )
     sub.add_argument("--backend", choices=("local", "slurm", "skypilot"), default="local")
     sub.add_argument(
         "--slurm",
@@ -204,8 +206,13 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     import functools
 
     from safemoe_jax import queues, sweep
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.remote import is_remote
 
-    root = arguments.workdir or Path("runs") / f"sweep-{arguments.sweep.stem}"
+    place = arguments.workdir or f"runs/sweep-{arguments.sweep.stem}"
+    if is_remote(place):
+        raise UserError(f"--workdir {place} is remote; a sweep needs a directory, a mount for one")
+    root = Path(place)
     changes = _call(arguments.sweep, "get_points")
     config_file = arguments.config or arguments.sweep
     points = sweep.read_points(_read_config(config_file, rest), changes)

@@ -83,6 +83,7 @@ def test_a_wrong_point_is_named_before_any_is_run(changes, message):
         (["--only", "point-x"], "the sweep has no 'point-x'; it has experts-"),
         (["--backend", "slurm", "--slurm", "time"], "--slurm time is no KEY=VALUE; give one, like"),
         (["--config.router.top_k=x"], "--config.router.top_k=x does not fit"),
+        (["--workdir", "gs://bucket/x"], "--workdir gs://bucket/x is remote; a sweep needs a dir"),
     ],
 )
 def test_a_mistake_on_the_command_line(tmp_path, capsys, argv, message):
