@@ -42,7 +42,14 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "gcs": ["gcsfs>=2026.2"],  # gs:// as work directory, data or base
-        "test": ["pytest>=8", "ruff>=0.12", "gcsfs>=2026.2", "gcp-storage-emulator>=2026.7"],
+        "slurm": ["submitit>=1.5.3"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "gcsfs>=2026.2",
+            "gcp-storage-emulator>=2026.7",
+            "submitit>=1.5.3",
+        ],
         "parity": ["torch"],
     },
     entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},

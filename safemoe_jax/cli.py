@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "compare the systems on held-out prompts",
     "report": "write report.html of an evaluated run",
     "run": "all of it, from where it was left",
+    "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
 }
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
     from safemoe_jax.errors import UserError
+    from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
     from safemoe_jax.training.loop import Diverged
 
@@ -52,11 +54,13 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         _set_up_jax()
         if arguments.verb == "generate":
             _generate(arguments, rest)
+        elif arguments.verb == "sweep":
+            _sweep(arguments, rest)
         else:
             _experiment_verb(arguments, rest)
     except UserError as error:
         return _say(error, EXIT_USER)
-    except Diverged as error:
+    except (Diverged, Unfinished) as error:
         return _say(error, EXIT_FAILED)
     except Interrupted as error:
         return _say(error, EXIT_INTERRUPTED)
@@ -87,24 +91,55 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "generate":
             _add_generate(sub)
             continue
-        sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
-        sub.add_argument("--config", type=Path, required=True, help="experiment file")
-        sub.add_argument(
-            "--workdir",
-            metavar="DIR",
-            help="default: runs/<name of the config file>; gs://bucket/path needs gcsfs",
-        )
+        if verb == "sweep":
+            _add_sweep(sub)
+        else:
+            sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
+            sub.add_argument("--config", type=Path, required=True, help="experiment file")
+            sub.add_argument(
+                "--workdir",
+                metavar="DIR",
+                help="default: runs/<name of the config file>; gs://bucket/path needs gcsfs",
+            )
         if verb == "data":
             sub.add_argument("--show", type=int, default=0, metavar="N", help="rows to print")
         if verb == "report":
             sub.add_argument("--full", action="store_true", help="whole texts, unsafe ones too")
-        if verb in ("train-gate", "run"):
+        if verb in ("train-gate", "run", "sweep"):
             sub.add_argument(
                 "--keep-experts",
                 action="store_true",
                 help="keep the experts' checkpoints once they are in the bundle",
             )
     return parser
+
+
+def _add_sweep(sub: argparse.ArgumentParser) -> None:
+    sub.usage = (
+        "safemoe sweep FILE [--config FILE] [--config.KEY=VALUE ...] [--workdir DIR] "
+        "[--backend local|slurm|skypilot]"
+    )
+    sub.add_argument("sweep", type=Path, metavar="FILE", help="sweep file, as experiments/sweeps/")
+    sub.add_argument("--config", type=Path, help="another experiment than the sweep file's own")
+    sub.add_argument(
+        "--workdir", metavar="DIR", help="default: runs/sweep-<name of the sweep file>"
+    )
+    sub.add_argument("--backend", choices=("local", "slurm", "skypilot"), default="local")
+    sub.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of submitit's SlurmExecutor: time=MINUTES (needed), partition=P, gpus_per_node=1",
+    )
+    sub.add_argument(
+        "--task",
+        type=Path,
+        metavar="FILE",
+        default=Path("launch/skypilot_sweep.yaml"),
+        help="SkyPilot's task for one job; default: launch/skypilot_sweep.yaml",
+    )
+    sub.add_argument("--only", metavar="NAME", help="run one of the sweep's directories, here")
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -167,6 +202,61 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
         verbs[arguments.verb]()
 
 
+def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    import functools
+
+    from safemoe_jax import queues, sweep
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.remote import is_remote
+
+    place = arguments.workdir or f"runs/sweep-{arguments.sweep.stem}"
+    if is_remote(place):
+        raise UserError(f"--workdir {place} is remote; a sweep needs a directory, a mount for one")
+    root = Path(place)
+    changes = _call(arguments.sweep, "get_points")
+    config_file = arguments.config or arguments.sweep
+    points = sweep.read_points(_read_config(config_file, rest), changes)
+    run_one = functools.partial(sweep.run_one, points, root, keep_experts=arguments.keep_experts)
+    if arguments.only:
+        run_one(arguments.only)
+        return
+
+    def arguments_of(name: str) -> list[str]:
+        config = ["--config", str(arguments.config)] if arguments.config else []
+        keep = ["--keep-experts"] if arguments.keep_experts else []
+        return ["sweep", str(arguments.sweep), "--only", name, *config, *rest, *keep]
+
+    backends: dict[str, Callable[[Sequence[str]], dict[str, str]]] = {
+        "local": lambda names: sweep.one_after_another(run_one, names),
+        "slurm": lambda names: queues.slurm(
+            names,
+            lambda name: [*arguments_of(name), "--workdir", str(root)],
+            root,
+            dict(map(_parameter, arguments.slurm)),
+        ),
+        "skypilot": lambda names: queues.skypilot(
+            names, arguments_of, root, arguments.task, functools.partial(sweep.take_result, root)
+        ),
+    }
+    sweep.sweep(
+        points,
+        root,
+        backends[arguments.backend],
+        keep_experts=arguments.keep_experts,
+        source=["--config", str(config_file), *rest],
+    )
+
+
+def _parameter(text: str) -> tuple[str, int | str]:
+    """KEY=VALUE, whole numbers as such."""
+    from safemoe_jax.errors import UserError
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--slurm {text} is no KEY=VALUE; give one, like --slurm time=240")
+    return key, int(value) if value.isdigit() else value
+
+
 def _read_config(path: Path, overrides: Sequence[str]) -> "ConfigDict":
     """The experiment file's ConfigDict with `--config.key=value` applied."""
     from absl import flags
@@ -174,15 +264,7 @@ def _read_config(path: Path, overrides: Sequence[str]) -> "ConfigDict":
 
     from safemoe_jax.errors import UserError
 
-    if not path.is_file():
-        raise UserError(f"--config {path} is no file; the shipped ones are in experiments/")
-    # Experiment files may import one another as `experiments.NAME`.
-    sys.path.insert(0, str(path.resolve().parent.parent))
-    try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except Exception as error:  # whatever the user's own code raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} cannot be read as an experiment ({reason}); correct it") from error
+    config = _call(path, "get_config")
     for override in overrides:
         current, values, argv = _current(config, override), flags.FlagValues(), ["", override]
         try:
@@ -194,6 +276,21 @@ def _read_config(path: Path, overrides: Sequence[str]) -> "ConfigDict":
                 f"{type(current).__name__}"
             ) from error
     return config
+
+
+def _call(path: Path, function: str) -> Any:
+    """What a function of an experiment or sweep file returns."""
+    from safemoe_jax.errors import UserError
+
+    if not path.is_file():
+        raise UserError(f"{path} is no file; the shipped experiments are in experiments/")
+    # Experiment files may import one another as `experiments.NAME`; sweeps are one level deeper.
+    sys.path[:0] = map(str, path.resolve().parents[1:3])
+    try:
+        return runpy.run_path(str(path))[function]()
+    except Exception as error:  # whatever the user's own code raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be read as an experiment ({reason}); correct it") from error
 
 
 def _current(config: "ConfigDict", override: str) -> Any:

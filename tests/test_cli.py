@@ -83,6 +83,9 @@ def mistake(safemoe):
         (["fly"], r"argument VERB: invalid choice: 'fly' .*; see `safemoe --help`"),
         (["run"], "the following arguments are required: --config; see `safemoe run --help`"),
         (["data", "--config", "x", "--show", "many"], "argument --show: invalid int value: 'many'"),
+        (["sweep"], "the following arguments are required: FILE; see `safemoe sweep --help`"),
+        (["sweep", "x.py", "--backend", "moon"], "argument --backend: invalid choice: 'moon'"),
+        (["sweep", "x.py"], "x.py is no file; the shipped experiments are in experiments/"),
         (["generate"], "the following arguments are required: --bundle"),
         (["generate", "--bundle", "x", "--gate"], "unknown argument '--gate'; see `safemoe gen"),
     ],
@@ -147,7 +150,7 @@ def test_overrides_reach_the_config(home):
 def test_a_config_file_that_is_none(mistake, tmp_path):
     path = tmp_path / "mine.py"
     where = ("fetch", "--workdir", tmp_path / "run", "--config", path)
-    assert mistake(*where) == f"--config {path} is no file; the shipped ones are in experiments/"
+    assert mistake(*where) == f"{path} is no file; the shipped experiments are in experiments/"
     path.write_text("def get_config(:")
     assert f"{path} cannot be read as an experiment (SyntaxError: " in mistake(*where)
     path.write_text("config = 1")
