@@ -80,6 +80,11 @@ def _environment() -> dict[str, Any] | None:
             raise UserError(
                 f"JAX_NUM_PROCESSES or JAX_PROCESS_ID is no number ({error})"
             ) from error
+        if not 0 <= index < count:
+            raise UserError(
+                f"JAX_PROCESS_ID is {index} and JAX_NUM_PROCESSES {count}; ids go from 0 to "
+                f"{count - 1}"
+            )
         address = os.environ["JAX_COORDINATOR_ADDRESS"]
         return dict(coordinator_address=address, num_processes=count, process_id=index)
     slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1

@@ -199,7 +199,7 @@ def test_a_run_started_on_one_host_of_several_says_what_to_do(tmp_path):
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": "2",
             },
-            "do not fit: process_id and num_processes .* num_processes=2.; correct them",
+            "JAX_PROCESS_ID is 2 and JAX_NUM_PROCESSES 2; ids go from 0 to 1",
         ),
     ],
 )
