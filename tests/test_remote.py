@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -97,8 +98,7 @@ def bucket(monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory"]
-    command += ["--host=127.0.0.1", f"--port={port}", "--default-bucket=bucket"]
+    command = [sys.executable, str(Path(__file__).with_name("bucket_emulator.py")), str(port)]
     address = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)  # gcsfs
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)  # what writes Orbax's arrays
