@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import plotly.graph_objects as go
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -171,8 +172,13 @@ def run_one(points: Sequence[Point], root: Path, name: str, *, keep_experts: boo
     """Trains what belongs into ROOT/NAME, from where it was left, and writes its result there.
 
     Raises:
-      UserError: where no point has that name.
+      UserError: where no point has that name, or several hosts run it.
     """
+    if (hosts := jax.process_count()) > 1:
+        raise UserError(
+            f"{hosts} processes run {name} together; a sweep's points are for one host each, so run "
+            "larger ones by `safemoe train-gate`"
+        )
     by_name = {point.name: point for point in points}
     by_experts = {point.experts: point for point in points}
     if name in by_experts:

@@ -130,7 +130,11 @@ def sky(tmp_path, monkeypatch):
         return queues.skypilot(names, arguments, tmp_path, task, taken)
 
     sky.taken, sky.root = {}, tmp_path
-    sky.jobs = lambda: json.loads((tmp_path / "jobs.json").read_text())
+    sky.jobs = lambda: [
+        job
+        for job in json.loads((tmp_path / "jobs.json").read_text())
+        if job["job_name"] != "other"
+    ]
     return sky
 
 
@@ -145,7 +149,7 @@ def test_skypilot_launches_waits_and_reads_the_logs(sky):
 
 def test_skypilot_repeats_only_what_failed(sky):
     (sky.root / "fails").write_text("safemoe-two")
-    assert sky("one", "two") == {"two": "FAILED, see `sky jobs logs 2`"}
+    assert sky("one", "two") == {"two": "FAILED, see `sky jobs logs 3`"}
     (sky.root / "fails").unlink()
     sky.taken.clear()
     assert sky("one", "two") == {}
