@@ -8,3 +8,5 @@ def compiles_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    # JAX keeps what was compiled so and would go on using it, in tests that compare bits as well.
+    jax.clear_caches()
