@@ -101,7 +101,11 @@ def started(tmp_path_factory):
         workdir = tmp_path_factory.mktemp(name)
         command, log = toy(workdir, "fsdp=4", *disturbance), workdir / "log"
         found[name] = workdir, start(command, processes=processes, devices=devices, log=log)
-    return found
+    yield found
+    for _, processes in found.values():  # where only some of the tests were run
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
