@@ -176,8 +176,8 @@ def run_one(points: Sequence[Point], root: Path, name: str, *, keep_experts: boo
     """
     if (hosts := jax.process_count()) > 1:
         raise UserError(
-            f"{hosts} processes run {name} together; a sweep's points are for one host each, so run "
-            "larger ones by `safemoe train-gate`"
+            f"{hosts} processes run {name} together; a sweep's points are for one host each, so "
+            "run larger ones by `safemoe train-gate`"
         )
     by_name = {point.name: point for point in points}
     by_experts = {point.experts: point for point in points}

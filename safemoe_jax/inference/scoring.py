@@ -21,8 +21,7 @@ from safemoe_jax.progress import track
 from safemoe_jax.training.losses import batch_nll
 
 # A CPU is no faster with more tokens at once, and the last batch of a call is padded to full size.
-_TOKENS_AT_ONCE = {"cpu": 1024}
-_TOKENS_AT_ONCE_ELSEWHERE = 16_384
+_TOKENS_AT_ONCE = {"cpu": 1024, "gpu": 16_384, "tpu": 16_384}
 
 
 class Scorer:
@@ -68,7 +67,7 @@ class Scorer:
         items = [item.cut_to(self._max_length) for item in self._chat.encode_all(list(pairs))]
         lengths = np.array([len(item.tokens) for item in items], np.int64)
         rows = plan(lengths, np.zeros(len(items), np.int64), self._max_length, seed=0)
-        at_once = _TOKENS_AT_ONCE.get(jax.default_backend(), _TOKENS_AT_ONCE_ELSEWHERE)
+        at_once = _TOKENS_AT_ONCE[jax.default_backend()]
         size = whole_rows(max(1, at_once // self._max_length))
         scores: dict[int, np.ndarray] = {}
         starts = range(0, rows.num_rows, size)
