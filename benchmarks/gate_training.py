@@ -10,11 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 from common import PEERS, in_turn, median, peer_python, report, rounds_argument, side, table
-from inputs import base_file, config, experiment, full_rows, read_corpus, write_corpus
-from ours import Training, seconds
+from inputs import base_file, config, full_rows, read_corpus, write_corpus
+from ours import step_speed
 
 ROWS, LENGTH, RANK, EXPERTS, STEPS = 8, 256, 32, 7, 3
 
@@ -22,11 +21,7 @@ ROWS, LENGTH, RANK, EXPERTS, STEPS = 8, 256, 32, 7, 3
 def ours(path: str) -> None:
     of = config(experts__targets=("q", "k", "v"), experts__rank=RANK, experts__alpha=2.0 * RANK)
     assert len(of.data.domains) == EXPERTS
-    with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
-        run = experiment(of, directory)
-        training = Training(run.model, of, "router", run.params)
-        batch = jax.device_put(dict(file))
-        report({"tokens_per_second": ROWS * LENGTH / seconds(lambda: training.run(batch), STEPS)})
+    report({"tokens_per_second": step_speed(of, "router", path, STEPS)})
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Our side of the comparisons: both train steps, and decoding."""
 
 import functools
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from inputs import experiment
 
 from safemoe_jax.config import Config
 from safemoe_jax.inference.sampler import Sampler
@@ -68,6 +70,15 @@ class Training:
     def flops(self, batch: dict[str, Any]) -> float:
         """Of the compiled step, as XLA counts them; a scan's body counts once."""
         return self._step.lower(self._state, self._frozen, batch).compile().cost_analysis()["flops"]
+
+
+def step_speed(of: Config, stage: str, path: str, steps: int) -> float:
+    """Tokens per second of a stage's step on the batch in a file."""
+    with tempfile.TemporaryDirectory() as directory, np.load(path) as file:
+        run = experiment(of, directory)
+        training = Training(run.model, of, stage, run.params)
+        batch = jax.device_put(dict(file))
+        return batch["tokens_BT"].size / seconds(functools.partial(training.run, batch), steps)
 
 
 def seconds(work: Callable[[], Any], times: int) -> float:

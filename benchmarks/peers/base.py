@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 torch.manual_seed(0)
@@ -18,6 +19,23 @@ def load(gguf: str, dtype: str):
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
+
+
+def lora(rank: str, targets: str, **more) -> LoraConfig:
+    """A LoRA on the named projections, such as "qkv", scaled by 2 as ours is."""
+    return LoraConfig(
+        r=int(rank),
+        lora_alpha=2 * int(rank),
+        target_modules=[f"{target}_proj" for target in targets],
+        task_type="CAUSAL_LM",
+        **more,
+    )
+
+
+def corpus(path: str) -> tuple[np.ndarray, ...]:
+    """Tokens of all conversations, where each begins, where its answer begins, and its domain."""
+    with np.load(path) as file:
+        return tuple(file[key] for key in ("tokens", "offsets", "starts", "streams"))
 
 
 def seconds_per_step(step, batches, steps: int) -> float:

@@ -8,21 +8,13 @@ import time
 
 import numpy as np
 import torch
-from base import adamw_step, load, report
-from peft import LoraConfig, get_peft_model
+from base import adamw_step, corpus, load, lora, report
+from peft import get_peft_model
 
 gguf, path, rank, size = sys.argv[1:]
 size = int(size)
-config = LoraConfig(
-    r=int(rank),
-    lora_alpha=2 * int(rank),
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    task_type="CAUSAL_LM",
-)
-with np.load(path) as file:
-    tokens, offsets, starts, streams = (
-        file[key] for key in ("tokens", "offsets", "starts", "streams")
-    )
+config = lora(rank, "qkvo")
+tokens, offsets, starts, streams = corpus(path)
 
 
 def padded(indices) -> dict[str, torch.Tensor]:

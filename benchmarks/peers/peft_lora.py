@@ -3,17 +3,11 @@
 import sys
 
 import torch
-from base import adamw_step, load, report, rows, seconds_per_step
-from peft import LoraConfig, get_peft_model
+from base import adamw_step, load, lora, report, rows, seconds_per_step
+from peft import get_peft_model
 
 gguf, path, dtype, rank, steps = sys.argv[1:]
-config = LoraConfig(
-    r=int(rank),
-    lora_alpha=2 * int(rank),
-    target_modules=["q_proj", "k_proj", "v_proj"],
-    task_type="CAUSAL_LM",
-)
-model = get_peft_model(load(gguf, dtype), config)
+model = get_peft_model(load(gguf, dtype), lora(rank, "qkv"))
 batch = rows(path)
 seconds = seconds_per_step(adamw_step(model), [batch], int(steps))
 report(tokens_per_second=batch["input_ids"].numel() / seconds, threads=torch.get_num_threads())

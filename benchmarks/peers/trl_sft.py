@@ -10,23 +10,13 @@ import tempfile
 import time
 
 import numpy as np
-from base import load, report
+from base import corpus, load, lora, report
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 gguf, path, rank, rows, length = sys.argv[1:]
-lora = LoraConfig(
-    r=int(rank),
-    lora_alpha=2 * int(rank),
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    task_type="CAUSAL_LM",
-)
-with np.load(path) as file:
-    tokens, offsets, starts, streams = (
-        file[key] for key in ("tokens", "offsets", "starts", "streams")
-    )
+tokens, offsets, starts, streams = corpus(path)
 tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(gguf), gguf_file=os.path.basename(gguf))
 
 
@@ -62,7 +52,7 @@ for stream in sorted(set(streams.tolist())):
             ),
             train_dataset=dataset(stream),
             processing_class=tokenizer,
-            peft_config=lora,
+            peft_config=lora(rank, "qkvo"),
         )
         start = time.perf_counter()
         trainer.train()

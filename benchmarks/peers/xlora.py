@@ -10,23 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from base import adamw_step, load, report, rows, seconds_per_step
-from peft import LoraConfig, XLoraConfig, get_peft_model
+from base import adamw_step, load, lora, report, rows, seconds_per_step
+from peft import XLoraConfig, get_peft_model
 
 what, gguf, path, experts, rank, count = sys.argv[1:]
-experts, rank, count = int(experts), int(rank), int(count)
+experts, count = int(experts), int(count)
 
 
 def adapters(directory: str) -> dict[str, str]:
     """`experts` adapters on q, k and v, with B away from zero, as trained ones have it."""
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=["q_proj", "k_proj", "v_proj"],
-        task_type="CAUSAL_LM",
-        init_lora_weights=False,
-    )
-    model = get_peft_model(load(gguf, "float32"), config)
+    model = get_peft_model(load(gguf, "float32"), lora(rank, "qkv", init_lora_weights=False))
     paths = {}
     for index in range(experts):
         for parameter in model.parameters():
