@@ -1,0 +1,144 @@
+# Sourced by the launchers beside it: the job on a set of workers, each with a home directory.
+#
+# A launcher defines
+#   on_workers COMMAND [DIR]   runs a shell command on all workers at once; DIR/N.log gets the output
+#   send TO FILE               copies a file to all workers
+#   is_up                      0 they are there, 1 they are gone, 2 that cannot be found out
+# and sets NAME and STATE, a directory of this machine.
+# shellcheck shell=bash
+
+# shellcheck disable=SC2034 # read by the launchers
+readonly SET_UP_TRIES=5 MOST_MISSES=10 SAVING_SECONDS=900
+VERDICT="" REACHED="" STARTED=""
+
+# fan_out COMMAND [DIR]: on_workers for workers that are reached one by one, by the command that
+# `worker_argv N COMMAND` puts into ARGV.
+fan_out() {
+  local number pids=() failed=0
+  for ((number = 0; number < NUM_WORKERS; number++)); do
+    worker_argv "$number" "$1"
+    if [[ "$DRY_RUN" ]]; then
+      execute "${ARGV[@]}"
+    elif [[ "${2:-}" ]]; then
+      execute "${ARGV[@]}" >"$2/$number.log" 2>&1 &
+      pids+=($!)
+    else
+      execute "${ARGV[@]}" &
+      pids+=($!)
+    fi
+  done
+  for number in ${pids[@]+"${pids[@]}"}; do wait "$number" || failed=$?; done
+  return "$failed"
+}
+
+# The shell command that runs a verb of _worker.sh on a worker.
+worker() { printf 'cd safemoe/%s && bash code/launch/_worker.sh %s' "$NAME" "$(quoted "$@")"; }
+
+# set_up DEVICES ENVIRONMENT...: code and environment on all workers, and all devices there.
+set_up() {
+  local devices="$1" home="safemoe/$NAME"
+  shift
+  retry "$SET_UP_TRIES" on_workers "mkdir -p $home && chmod 700 safemoe $home" || return
+  REACHED=1
+  retry "$SET_UP_TRIES" send "$home/code.tar.gz" "$STATE/code.tar.gz" || return
+  retry "$SET_UP_TRIES" on_workers \
+    "cd $home && rm -rf code && mkdir code && tar -xzf code.tar.gz -C code" || return
+  retry "$SET_UP_TRIES" on_workers "$(worker install "$@")" || return
+  on_workers "$(worker check "$devices")"
+}
+
+# Starts the job on all workers; where one has it already, nothing happens there.
+start_job() {
+  if [[ "$ENV_FILE" ]]; then
+    retry "$SET_UP_TRIES" send "safemoe/$NAME/secrets" "$ENV_FILE" || return
+  fi
+  retry "$SET_UP_TRIES" on_workers "$(worker start "$(seconds_left)" "${JOB[@]}")" || return
+  STARTED=1
+  say "started; it goes on without this terminal: Ctrl-C ends it, closing the terminal does not"
+}
+
+# What the workers say of their jobs, in VERDICT:
+#   unreachable | new | running | straggling | done | saved | mistake | failed
+look() {
+  local there="safemoe/$NAME/code" said
+  execute rm -rf "$STATE/status"
+  execute mkdir -p "$STATE/status"
+  if ! on_workers "if [ -d $there ]; then $(worker status); else echo job: new; fi" \
+    "$STATE/status"; then
+    VERDICT=unreachable
+  elif [[ "$DRY_RUN" ]]; then
+    VERDICT=${STARTED:+done}
+  else
+    REACHED=1
+    said="$(grep -h '^job: ' "$STATE"/status/*.log | sort -u)" || true
+    verdict_of "$said"
+  fi
+}
+
+# verdict_of LINES: one verdict of what the workers said, each thing once.
+verdict_of() {
+  case "$1" in
+    "") VERDICT=unreachable ;;
+    "job: new") VERDICT=new ;;
+    "job: running") VERDICT=running ;;
+    *"job: running"*) VERDICT=straggling ;;
+    "job: exited 0") VERDICT='done' ;;
+    "job: exited 75" | $'job: exited 0\njob: exited 75') VERDICT=saved ;;
+    *"job: exited 2" | *$'job: exited 2\n'*) VERDICT=mistake ;; # and JAX ended the others
+    *) VERDICT=failed ;;
+  esac
+}
+
+# One log for each worker below $STATE/logs; of each set of workers a directory of its own.
+copy_logs() {
+  local file
+  execute mkdir -p "$STATE/logs/new" "$(log_directory)"
+  on_workers "$(worker log)" "$STATE/logs/new" || return 0 # what was copied before stays
+  [[ ! "$DRY_RUN" ]] || return 0
+  for file in "$STATE/logs/new/"*.log; do
+    mv "$file" "$(log_directory)/worker-$(basename "$file")"
+  done
+}
+
+log_directory() { echo "$STATE/logs/$(cat "$STATE/generation" 2>/dev/null || echo 1)"; }
+
+# Of a new set of workers.
+new_logs() {
+  [[ "$DRY_RUN" ]] || {
+    mkdir -p "$STATE"
+    echo $(($(cat "$STATE/generation" 2>/dev/null || echo 0) + 1)) >"$STATE/generation"
+  }
+}
+
+# Until the job has ended or its workers are gone; VERDICT is then also lost or late.
+watch_job() {
+  local misses=0 straggling=0 up
+  while true; do
+    look
+    copy_logs
+    [[ "$VERDICT" == @(running|straggling|unreachable) ]] || return 0
+    up=0 && is_up || up=$?
+    case "$VERDICT:$up" in
+      *:1) VERDICT=lost && return ;;
+      running:*) misses=0 straggling=0 ;;
+      straggling:*) ((++straggling < MOST_MISSES)) || return 0 ;;
+      unreachable:0) ((++misses < MOST_MISSES)) || return 0 ;; # with 2 it is this machine's network
+    esac
+    (($(seconds_left) + SAVING_SECONDS > 0)) || { VERDICT=late && return; }
+    pause
+  done
+}
+
+# Asks the job to save, and waits until it has ended on all workers.
+stop_job() {
+  local until=$((SECONDS + SAVING_SECONDS))
+  say "asking the job to save; this may take minutes"
+  on_workers "$(worker stop)" || true
+  look
+  while [[ "$VERDICT" == @(running|straggling) ]] && ((SECONDS < until)); do
+    pause $((POLL < 5 ? POLL : 5))
+    look
+  done
+}
+
+seconds_left() { echo $(($(seconds "$DEADLINE") - SECONDS)); }
