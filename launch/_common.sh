@@ -6,6 +6,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
   die "$0 needs bash 4.4 or newer, this is $BASH_VERSION; on macOS: brew install bash"
 
+# shellcheck disable=SC2034 # for the launchers
 readonly EXIT_FAILED=1 EXIT_INTERRUPTED=75 # those of safemoe; 2 is a user's mistake
 DRY_RUN="" POLL=60 DEADLINE=24h ALLOW_DIRTY="" ENV_FILE="" JOB=()
 
@@ -26,7 +27,7 @@ quoted() {
 
 # Whatever is done outside this script is done by execute or ask: a dry run prints it instead.
 execute() {
-  if [[ "$DRY_RUN" ]]; then quoted "$@" >&3; else "$@" </dev/null; fi
+  if [[ "$DRY_RUN" ]]; then quoted "$@" >&3; else "$@" </dev/null 3>&-; fi
 }
 
 # ask ASSUMED COMMAND...: the command's output; ASSUMED in a dry run.
@@ -118,16 +119,17 @@ check_env_file() {
   [[ ! "$wrong" ]] || die "line ${wrong%%$'\n'*} of --env-file=$ENV_FILE is no KEY=VALUE"
 }
 
+changed() { git -C "$ROOT" status --porcelain | cut -c 4-; }
+
 # pack FILE: the committed code as a tar.gz with a file STAMP; sets STAMP.
 pack() {
   local commit config
   commit="$(git -C "$ROOT" rev-parse HEAD 2>/dev/null)" ||
     die "$ROOT is no git repository with a commit; the code is shipped by git archive: clone it"
   STAMP="$commit"
-  if [[ "$(git -C "$ROOT" status --porcelain)" ]]; then
-    [[ "$ALLOW_DIRTY" ]] || die "$ROOT has changes that are not committed:" \
-      "$(git -C "$ROOT" status --porcelain | head -n 1 | cut -c 4-) and perhaps more; commit them," \
-      "or ship tracked files as they are by --allow-dirty"
+  if [[ "$(changed)" ]]; then
+    [[ "$ALLOW_DIRTY" ]] || die "not committed: $(changed | paste -sd ' '); commit, or ship tracked" \
+      "files as they are by --allow-dirty"
     commit="$(git -C "$ROOT" stash create)"
     commit="${commit:-$STAMP}"
     STAMP+=" with changes, $commit"

@@ -1,7 +1,7 @@
 # Sourced by the launchers beside it: the job on a set of workers, each with a home directory.
 #
 # A launcher defines
-#   on_workers COMMAND [DIR]   runs a shell command on all workers at once; DIR/N.log gets the output
+#   on_workers COMMAND [DIR]   runs a shell command on all workers at once, with output to DIR/N.log
 #   send TO FILE               copies a file to all workers
 #   is_up                      0 they are there, 1 they are gone, 2 that cannot be found out
 # and sets NAME and STATE, a directory of this machine.
@@ -27,7 +27,7 @@ fan_out() {
       pids+=($!)
     fi
   done
-  for number in ${pids[@]+"${pids[@]}"}; do wait "$number" || failed=$?; done
+  for number in "${pids[@]}"; do wait "$number" || failed=$?; done
   return "$failed"
 }
 

@@ -35,8 +35,8 @@
 # Several workers at once need your key in the agent: ssh-add ~/.ssh/google_compute_engine
 #
 # Exit codes: 0 done; 1 failed; 2 a mistake, in one line; 75 saved, run again. Ctrl-C lets the job
-# save and deletes the slice; a lost terminal or connection leaves both, and the same command goes on
-# with them. A slice of this name without the label safemoe=NAME is not touched.
+# save and deletes the slice; a lost terminal or connection leaves both, and the same command goes
+# on with them. A slice of this name without the label safemoe=NAME is not touched.
 #
 # NEVER RUN ON A REAL TPU so far. Tested against a fake gcloud, and in the rehearsal.
 set -Eeuo pipefail
@@ -47,9 +47,10 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 source "$(dirname -- "${BASH_SOURCE[0]}")/_job.sh"
 
 VERB="" NAME="" ZONE="" PROJECT="" ACCELERATOR="" RUNTIME="" CAPACITY=on-demand MODE=qr KEEP=""
-DEVICES="" MAX_PREEMPTIONS=20 MAX_FAILURES=3 FAKE_DEVICES=16 NUM_WORKERS=1
-CREATE_FLAGS=() SSH_FLAGS=() TRACK=()
-PREEMPTIONS=0 FAILURES=0 STATE="" WHERE=() MADE=""
+DEVICES="" FAKE_DEVICES=16 NUM_WORKERS=1 CREATE_FLAGS=() SSH_FLAGS=() TRACK=()
+declare -A MOST=([preemptions]=20 [failures]=3) SPENT=([preemptions]=0 [failures]=0)
+# MADE: this call made the slice; FRESH: nothing has been started on it yet.
+STATE="" WHERE=() ENVIRONMENT=() MADE="" FRESH=""
 
 parse() {
   while (($#)); do
@@ -62,8 +63,8 @@ parse() {
       --project=*) PROJECT="${1#*=}" ;;
       --runtime=*) RUNTIME="${1#*=}" ;;
       --devices=*) DEVICES="${1#*=}" ;;
-      --max-preemptions=*) MAX_PREEMPTIONS="${1#*=}" ;;
-      --max-failures=*) MAX_FAILURES="${1#*=}" ;;
+      --max-preemptions=*) MOST[preemptions]="${1#*=}" ;;
+      --max-failures=*) MOST[failures]="${1#*=}" ;;
       --create=*) CREATE_FLAGS+=("${1#*=}") ;;
       --ssh=*) SSH_FLAGS+=("${1#*=}") ;;
       --alpha) TRACK=(alpha) ;;
@@ -84,6 +85,8 @@ check() {
   [[ "$VERB" == @(create|run|status|logs|attach|delete) ]] ||
     die "'$VERB' is no verb; give create, run, status, logs, attach or delete"
   check_name
+  [[ "${MOST[preemptions]},${MOST[failures]}" =~ ^[0-9]+,[0-9]+$ ]] ||
+    die "--max-preemptions and --max-failures are ${MOST[*]}; give whole numbers"
   STATE="$ROOT/runs/launch/$NAME"
   case "$MODE" in
     qr | vm) check_cloud ;;
@@ -98,7 +101,7 @@ check_cloud() {
   [[ "$DRY_RUN" ]] || command -v gcloud >/dev/null ||
     die "gcloud is not on the PATH; install the Google Cloud CLI, or rehearse by --mode=local"
   [[ "$ZONE" ]] || die "no --zone; give the one that has your quota, like --zone=us-west4-a"
-  WHERE=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+  WHERE=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet)
   [[ "$VERB" == @(create|run) ]] || return 0
   [[ "$CAPACITY" == @(on-demand|spot|reserved) ]] ||
     die "--capacity=$CAPACITY is unknown; give on-demand, spot or reserved"
@@ -124,15 +127,15 @@ check_local() {
 
 # ---- The slice: a queued resource and its node, a node alone, or directories of this machine.
 
-tpus() { execute gcloud ${TRACK[@]+"${TRACK[@]}"} compute tpus "$@"; }
+tpus() { execute gcloud "${TRACK[@]}" compute tpus "$@"; }
 
 # list KIND FIELDS: those of the one that has our name; nothing where there is none.
 list() {
   local assumed="" # what a dry run goes on with
-  [[ ! "$MADE" ]] || assumed="READY $NAME"
-  [[ ! "$MADE" || "$1" == tpu-vm ]] || assumed="ACTIVE $NAME"
-  ask "$assumed" gcloud ${TRACK[@]+"${TRACK[@]}"} compute tpus "$1" list "${WHERE[@]}" \
-    "--filter=name~/$NAME\$" "--format=value[separator=' ']($2)"
+  [[ ! "$MADE" ]] || assumed="READY,$NAME"
+  [[ ! "$MADE" || "$1" == tpu-vm ]] || assumed="ACTIVE,$NAME"
+  ask "$assumed" gcloud "${TRACK[@]}" compute tpus "$1" list "${WHERE[@]}" \
+    "--filter=name~/$NAME\$" "--format=csv[no-heading]($2)"
 }
 
 # ABSENT, WAITING, READY, PREEMPTED, FAILED; FOREIGN without our label; UNKNOWN where gcloud fails.
@@ -141,15 +144,15 @@ slice_state() {
   case "$MODE" in
     qr) answer="$(list queued-resources "state.state,tpu.nodeSpec[0].node.labels.safemoe")" ;;
     vm) answer="$(list tpu-vm "state,labels.safemoe")" ;;
-    local) [[ ! -d "$STATE/workers" && ! "$MADE" ]] || answer="READY $NAME" ;;
+    local) [[ ! -d "$STATE/workers" && ! "$MADE" ]] || answer="READY,$NAME" ;;
   esac || { echo UNKNOWN && return; }
   [[ "$answer" ]] || { echo ABSENT && return; }
-  read -r state label <<<"$answer"
+  IFS=, read -r state label <<<"$answer"
   [[ "$label" == "$NAME" ]] || { echo FOREIGN && return; }
   if [[ "$MODE" == qr && "$state" == ACTIVE ]]; then
     # Where a spot node was taken away, its queued resource says so later.
     answer="$(list tpu-vm "state,labels.safemoe")" || { echo UNKNOWN && return; }
-    state="${answer%% *}"
+    state="${answer%%,*}"
   fi
   case "$state" in
     READY) echo READY ;;
@@ -168,24 +171,29 @@ is_up() {
 }
 
 slice_create() {
-  local flags=("${WHERE[@]}" "--accelerator-type=$ACCELERATOR" "--labels=safemoe=$NAME")
+  local flags homes
+  flags=("${WHERE[@]}" "--accelerator-type=$ACCELERATOR" "--labels=safemoe=$NAME")
+  readarray -t homes < <(seq -f "$STATE/workers/%.0f" 0 $((NUM_WORKERS - 1)))
   [[ "$CAPACITY" == on-demand ]] || flags+=("--$CAPACITY")
-  flags+=(${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"})
+  flags+=("${CREATE_FLAGS[@]}")
   new_logs
   case "$MODE" in
     qr) tpus queued-resources create "$NAME" "--node-id=$NAME" "--runtime-version=$RUNTIME" \
       "--valid-until-duration=$(seconds_left)s" "${flags[@]}" ;;
     vm) tpus tpu-vm create "$NAME" "--version=$RUNTIME" "${flags[@]}" ;;
-    local) execute mkdir -p "$STATE/workers" ;;
+    local) execute mkdir -p "${homes[@]}" ;;
   esac || return
-  MADE=1
+  MADE=1 FRESH=1 VERDICT=new
 }
 
 slice_delete() {
   case "$MODE" in
-    qr) tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet ;;
-    vm) tpus tpu-vm delete "$NAME" "${WHERE[@]}" --quiet ;;
-    local) execute rm -rf "$STATE/workers" ;;
+    qr) tpus queued-resources delete "$NAME" "${WHERE[@]}" --force ;;
+    vm) tpus tpu-vm delete "$NAME" "${WHERE[@]}" ;;
+    local)
+      on_workers "$(worker stop)" 2>/dev/null || true # nothing else ends what runs there
+      execute rm -rf "$STATE/workers"
+      ;;
   esac
 }
 
@@ -197,7 +205,7 @@ on_workers() {
     return
   fi
   tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all ${2:+"--output-directory=$2"} \
-    --ssh-flag=-oServerAliveInterval=15 ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} "--command=$1"
+    --ssh-flag=-oServerAliveInterval=15 "${SSH_FLAGS[@]}" "--command=$1"
 }
 
 send() {
@@ -208,7 +216,7 @@ send() {
     done
     return
   fi
-  tpus tpu-vm scp "$2" "$NAME:$1" "${WHERE[@]}" --worker=all ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"}
+  tpus tpu-vm scp "$2" "$NAME:$1" "${WHERE[@]}" --worker=all "${SSH_FLAGS[@]}"
 }
 
 # One fake worker: a process with its share of the fake devices, that joins the others.
@@ -218,14 +226,6 @@ worker_argv() {
   ((NUM_WORKERS == 1)) || ARGV+=("JAX_COORDINATOR_ADDRESS=localhost:8476"
     "JAX_NUM_PROCESSES=$NUM_WORKERS" "JAX_PROCESS_ID=$1")
   ARGV+=(bash -c "$2")
-}
-
-set_up_slice() {
-  local environment=(tpu)
-  if [[ "$MODE" == local ]]; then
-    environment=(local "$(local_environment)")
-  fi
-  set_up "$DEVICES" "${environment[@]}"
 }
 
 # An environment that has the package's dependencies: that of $PYTHON, or .venv.
@@ -238,11 +238,10 @@ local_environment() {
 
 # spend BUDGET WHY: one of the preemptions or failures; gives up where none is left.
 spend() {
-  local -n spent="$1" most="MAX_$1"
-  spent=$((spent + 1))
-  say "$2 (${1,,}: $spent, at most $most)"
+  local spent=$((++SPENT[$1])) most="${MOST[$1]}"
+  say "$2 ($1: $spent, at most $most)"
   if ((spent > most)); then
-    say "giving up: more ${1,,} than --max-${1,,}=$most; the same command goes on from here"
+    say "giving up: more $1 than --max-$1=$most; the same command goes on from here"
     exit "$EXIT_FAILED"
   fi
   backoff "$spent"
@@ -256,25 +255,24 @@ ensure_slice() {
     case "$state" in
       READY) return ;;
       FOREIGN) refuse_foreign ;;
-      ABSENT) slice_create || spend FAILURES "$NAME could not be created" ;;
+      ABSENT) slice_create || spend failures "$NAME could not be created" ;;
       PREEMPTED | FAILED)
         slice_delete || true
-        MADE=""
         if [[ "$state" == FAILED ]]; then
-          spend FAILURES "$NAME failed and is made anew"
+          spend failures "$NAME failed and is made anew"
         else
-          spend PREEMPTIONS "$NAME was taken away and is made anew"
+          spend preemptions "$NAME was taken away and is made anew"
         fi
         ;;
     esac
     (($(seconds_left) > 0)) || end_at_deadline
-    [[ "$state" == READY ]] || pause
+    pause
   done
 }
 
 refuse_foreign() {
   KEEP=1
-  die "$NAME is there without the label safemoe=$NAME, so it is not this launcher's; give another NAME"
+  die "$NAME is there without the label safemoe=$NAME: not this launcher's; give another NAME"
 }
 
 end_at_deadline() {
@@ -283,22 +281,34 @@ end_at_deadline() {
 }
 
 run() {
+  local place
+  ENVIRONMENT=(tpu)
+  if [[ "$MODE" == local ]]; then
+    place="$(local_environment)"
+    ENVIRONMENT=(local "$place")
+  fi
+  pack "$STATE/code.tar.gz"
   trap finish EXIT
   trap 'stop_job; exit "$EXIT_INTERRUPTED"' INT TERM
   trap 'KEEP=1; exit 129' HUP
-  pack "$STATE/code.tar.gz"
   while true; do
     ensure_slice
     find_or_start_job || continue
     watch_job
     case "$VERDICT" in
       done) return ;;
-      mistake) say "the job ended with 2, a mistake in its command: see $(log_directory)" && exit 2 ;;
-      late) stop_job && end_at_deadline ;;
+      mistake)
+        say "the job ended with 2, a mistake in its command: see $(log_directory)"
+        exit 2
+        ;;
+      late)
+        stop_job
+        end_at_deadline
+        ;;
       lost) ;;
       saved)
         (($(seconds_left) > 0)) || end_at_deadline
-        spend PREEMPTIONS "the job was interrupted and has saved"
+        spend preemptions "the job was interrupted and has saved"
         ;;
       *) job_failed ;;
     esac
@@ -307,15 +317,16 @@ run() {
 
 # Leaves alone a job that runs already; fails where none could be started.
 find_or_start_job() {
-  [[ "$MADE" && ! "$REACHED" ]] || retry "$SET_UP_TRIES" reached || true
+  [[ "$FRESH" ]] || retry "$SET_UP_TRIES" reached || true
   if [[ "$VERDICT" == @(running|straggling) ]]; then
     say "$NAME runs the job already"
     return
   fi
-  if ! { [[ "$VERDICT" != unreachable ]] && set_up_slice && start_job; }; then
+  if [[ "$VERDICT" == unreachable ]] || ! set_up "$DEVICES" "${ENVIRONMENT[@]}" || ! start_job; then
     job_failed
     return 1
   fi
+  FRESH=""
 }
 
 reached() {
@@ -329,16 +340,16 @@ job_failed() {
   [[ "$(slice_state)" == READY ]] || return 0
   if [[ ! "$REACHED" && ! "$MADE" ]]; then
     KEEP=1
-    say "no worker of $NAME can be reached by ssh from here; it is left as it is. Is your key in the" \
-      "agent (ssh-add ~/.ssh/google_compute_engine), or is --ssh=--internal-ip needed?"
+    say "no worker of $NAME can be reached by ssh from here, and it is left as it is; is your key" \
+      "in the agent (ssh-add ~/.ssh/google_compute_engine), or is --ssh=--internal-ip needed?"
     exit "$EXIT_FAILED"
   fi
   case "$VERDICT" in
     failed) ;;
     straggling) stop_job ;;
-    *) slice_delete && MADE="" VERDICT="" ;; # it cannot be set up, or reached: a new one may do
+    *) slice_delete || true ;; # it cannot be set up, or reached: a new one may do
   esac
-  spend FAILURES "the job has failed or could not be started: see $(log_directory)"
+  spend failures "the job has failed or could not be started: see $(log_directory)"
 }
 
 # However the run ends: logs here, and nothing left that costs money.
@@ -347,7 +358,8 @@ finish() {
   trap - EXIT INT TERM HUP
   set +e
   if [[ "$KEEP" ]]; then
-    say "$NAME is left as it is; delete it by: $(quoted "$0" delete "$NAME" "--mode=$MODE" "${WHERE[@]}")"
+    say "$NAME is left as it is; delete it by: $(quoted "$0" delete "$NAME" "--mode=$MODE" \
+      ${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"})"
   elif [[ "$(slice_state)" != @(ABSENT|FOREIGN) || "$DRY_RUN" ]]; then
     slice_delete || say "COULD NOT DELETE $NAME, which goes on costing; see the message above"
   fi
@@ -363,7 +375,8 @@ status() {
   look
   [[ "$VERDICT" != unreachable ]] || say "its workers cannot be reached by ssh"
   for file in "$STATE/status/"*.log; do
-    [[ ! -f "$file" ]] || echo "worker $(basename "$file" .log): $(grep '^job: ' "$file" || echo unreachable)"
+    [[ -f "$file" ]] || continue
+    echo "worker $(basename "$file" .log): $(grep '^job: ' "$file" || echo unreachable)"
   done
 }
 
@@ -372,7 +385,7 @@ attach() {
   if [[ "$MODE" == local ]]; then
     execute bash -c "cd $(quoted "$STATE/workers/0") && exec $command"
   else
-    tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=0 ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} \
+    tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=0 "${SSH_FLAGS[@]}" \
       "--command=$command"
   fi
 }

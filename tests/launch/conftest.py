@@ -1,0 +1,116 @@
+"""A small repository whose launchers are called, with the fakes of tests/fakes on the PATH."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAKES = ROOT / "tests" / "fakes"
+NOBODY = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+
+
+def git(repo: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(repo), *NOBODY, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def make_repo(repo: Path, *folders: str) -> None:
+    """A repository with the named folders of this one, all committed."""
+    for folder in folders:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, repo / folder, ignore=ignore)
+    shutil.copy(ROOT / ".gitignore", repo)
+    for file in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / file, repo)
+    git(repo, "init", "--quiet")
+    git(repo, "add", "--all")
+    git(repo, "commit", "--quiet", "--message", "all of it")
+
+
+@pytest.fixture(scope="session")
+def _template(tmp_path_factory):
+    repo = tmp_path_factory.mktemp("template") / "repo"
+    make_repo(repo, "launch", "experiments")
+    return repo
+
+
+@pytest.fixture
+def repo(_template, tmp_path):
+    return shutil.copytree(_template, tmp_path / "repo", symlinks=True)
+
+
+class Pod:
+    """The fake cloud and the launcher that uses it."""
+
+    def __init__(self, home: Path, repo: Path) -> None:
+        self.home, self.repo = home, repo
+        self.environment = os.environ | {
+            "FAKE_GCLOUD": str(home),
+            "PATH": f"{FAKES}:{os.environ['PATH']}",
+            "SAFEMOE_RETRY_SECONDS": "0",
+        }
+
+    def plays(self, **files: object) -> None:
+        """Sets what is to happen: see tests/fakes/gcloud."""
+        for name, text in files.items():
+            (self.home / name).write_text(str(text))
+
+    def start(self, *command: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=self.repo,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def call(self, *command: str) -> tuple[int, str]:
+        """-> the exit code, and what was printed."""
+        process = self.start(*command)
+        try:
+            output, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.communicate()[0]) from None
+        return process.returncode, output
+
+    def calls(self, verb: str | None = None) -> list[list[str]]:
+        """The arguments of gcloud's calls, or of those with one verb."""
+        path = self.home / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        calls = [json.loads(line) for line in lines]
+        return [call for call in calls if verb is None or call[3] == verb]
+
+    def runs(self, worker: int = 0) -> list[str]:
+        """The arguments that safemoe was started with on one worker, each time."""
+        path = self.home / f"runs-{worker}"
+        return path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def is_up(self) -> bool:
+        return (self.home / "slice").exists()
+
+    def end(self) -> None:
+        for pid in self.home.glob("slices/*/*/safemoe/*/pid"):
+            with_pid = int(pid.read_text())
+            try:
+                os.killpg(with_pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+@pytest.fixture
+def pod(tmp_path, repo):
+    home = tmp_path / "cloud"
+    home.mkdir()
+    pod = Pod(home, repo)
+    yield pod
+    pod.end()
