@@ -1,10 +1,12 @@
 """A small repository whose launchers are called, with the fakes of tests/fakes on the PATH."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,7 @@ class Pod:
         self.home, self.repo = home, repo
         self.environment = os.environ | {
             "FAKE_GCLOUD": str(home),
-            "PATH": f"{FAKES}:{os.environ['PATH']}",
+            "PATH": f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "SAFEMOE_RETRY_SECONDS": "0",
         }
 
@@ -100,11 +102,9 @@ class Pod:
 
     def end(self) -> None:
         for pid in self.home.glob("slices/*/*/safemoe/*/pid"):
-            with_pid = int(pid.read_text())
-            try:
-                os.killpg(with_pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            group = int(pid.read_text())
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
 
 @pytest.fixture
