@@ -4,7 +4,7 @@
 #   on_workers COMMAND [DIR]   runs a shell command on all workers at once, with output to DIR/N.log
 #   send TO FILE               copies a file to all workers
 #   is_up                      0 they are there, 1 they are gone, 2 that cannot be found out
-# and sets NAME and STATE, a directory of this machine.
+# and sets NAME, STATE, a directory of this machine, and by budget MOST and SPENT.
 # shellcheck shell=bash
 
 # shellcheck disable=SC2034 # read by the launchers
@@ -141,4 +141,29 @@ stop_job() {
   done
 }
 
+workers_status() {
+  local file
+  look
+  for file in "$STATE/status/"*.log; do
+    [[ -f "$file" ]] || continue
+    echo "worker $(basename "$file" .log): $(grep '^job: ' "$file" || echo unreachable)"
+  done
+}
+
+reached() {
+  look
+  [[ "$VERDICT" != unreachable ]]
+}
+
 seconds_left() { echo $(($(seconds "$DEADLINE") - SECONDS)); }
+
+# spend BUDGET WHY: one of the preemptions or failures; gives up where none is left.
+spend() {
+  local spent=$((++SPENT[$1])) most="${MOST[$1]}"
+  say "$2 ($1: $spent, at most $most)"
+  if ((spent > most)); then
+    say "giving up: more $1 than --max-$1=$most; the same command goes on from here"
+    exit "$EXIT_FAILED"
+  fi
+  backoff "$spent"
+}

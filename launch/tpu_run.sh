@@ -236,17 +236,6 @@ local_environment() {
 
 # ---- The verbs.
 
-# spend BUDGET WHY: one of the preemptions or failures; gives up where none is left.
-spend() {
-  local spent=$((++SPENT[$1])) most="${MOST[$1]}"
-  say "$2 ($1: $spent, at most $most)"
-  if ((spent > most)); then
-    say "giving up: more $1 than --max-$1=$most; the same command goes on from here"
-    exit "$EXIT_FAILED"
-  fi
-  backoff "$spent"
-}
-
 # Until the slice is up, made anew wherever it has to be.
 ensure_slice() {
   local state
@@ -329,11 +318,6 @@ find_or_start_job() {
   FRESH=""
 }
 
-reached() {
-  look
-  [[ "$VERDICT" != unreachable ]]
-}
-
 # Whatever went wrong is a failure only where the slice has not been taken away meanwhile.
 job_failed() {
   pause
@@ -368,16 +352,10 @@ finish() {
 }
 
 status() {
-  local file state
+  local state
   state="$(slice_state)"
-  echo "$NAME: $state" >&3
-  [[ "$state" == READY ]] || return 0
-  look
-  [[ "$VERDICT" != unreachable ]] || say "its workers cannot be reached by ssh"
-  for file in "$STATE/status/"*.log; do
-    [[ -f "$file" ]] || continue
-    echo "worker $(basename "$file" .log): $(grep '^job: ' "$file" || echo unreachable)"
-  done
+  echo "$NAME: $state"
+  [[ "$state" != READY ]] || workers_status
 }
 
 attach() {
