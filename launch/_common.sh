@@ -128,8 +128,9 @@ pack() {
     die "$ROOT is no git repository with a commit; the code is shipped by git archive: clone it"
   STAMP="$commit"
   if [[ "$(changed)" ]]; then
-    [[ "$ALLOW_DIRTY" ]] || die "not committed: $(changed | paste -sd ' '); commit, or ship tracked" \
-      "files as they are by --allow-dirty"
+    [[ "$ALLOW_DIRTY" ]] ||
+      die "not committed: $(changed | paste -sd ' '); commit, or ship tracked files as they are by" \
+        "--allow-dirty"
     commit="$(git -C "$ROOT" stash create)"
     commit="${commit:-$STAMP}"
     STAMP+=" with changes, $commit"

@@ -159,6 +159,7 @@ seconds_left() { echo $(($(seconds "$DEADLINE") - SECONDS)); }
 
 # spend BUDGET WHY: one of the preemptions or failures; gives up where none is left.
 spend() {
+  # shellcheck disable=SC2153
   local spent=$((++SPENT[$1])) most="${MOST[$1]}"
   say "$2 ($1: $spent, at most $most)"
   if ((spent > most)); then

@@ -4,7 +4,7 @@
 #   _slurm_job.sh MOST_REQUEUES DEVICES OPTION...
 #
 # A task for each GPU runs `safemoe run OPTION...`. Where Slurm is about to end them, they save and
-# end with 75, and the job is queued again: MOST_REQUEUES times, and not once a file `stop` is there.
+# end with 75, and the job is queued again: MOST_REQUEUES times, and not where a file `stop` is.
 set -Eeuo pipefail
 
 most="$1" devices="$2"

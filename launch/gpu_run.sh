@@ -22,9 +22,9 @@
 # By ssh: --ssh=FLAG (for ssh and scp), --port=N (of the first host, for the others; 8476),
 #   --deadline=TIME (then the job saves; 24h), --max-interruptions=N (20), --max-failures=N (3),
 #   --poll=SECONDS (60)
-# Slurm: --nodes=N (1), --time=TIME (24:00:00), --sbatch=FLAG (more of them: --sbatch=--partition=x),
-#   --max-requeues=N (20). One task for each GPU, as JAX has it. Your home directory must be
-#   shared by the nodes, and this machine reach the package index.
+# Slurm: --nodes=N (1), --time=TIME (24:00:00), --max-requeues=N (20), --sbatch=FLAG (more flags of
+#   sbatch, one each: --sbatch=--partition=x). One task for each GPU, as JAX has it. Your home directory must be
+#   shared by the nodes, and this machine reach the package index. Secrets stay in that directory.
 #
 # Exit codes: 0 done, or submitted; 1 failed; 2 a mistake, in one line; 75 saved, run again. Ctrl-C
 # lets a job that was started by ssh save and end; a lost terminal or connection leaves it alone,
@@ -185,6 +185,7 @@ stop_by_slurm() {
 # ---- The verbs.
 
 main() {
+  local number
   if [[ "${1:-}" == @(--help|-h|) ]]; then help && return; fi
   parse "$@"
   check
@@ -195,7 +196,10 @@ main() {
     "attach") attach_by_ssh ;;
     "stop") stop_job ;;
     "run slurm") run_by_slurm ;;
-    "status slurm") execute sacct -o JobID,State,NodeList --parsable2 -j "$(job_number)" ;;
+    "status slurm")
+      number="$(job_number)"
+      execute sacct -o JobID,State,NodeList --parsable2 -j "$number"
+      ;;
     "logs slurm") printf '%s\n' "$SHARED/logs/"*.log ;;
     "attach slurm") execute tail -n 100 -F "$SHARED/logs/0.log" ;;
     "stop slurm") stop_by_slurm ;;
