@@ -34,21 +34,20 @@ fan_out() {
 # The shell command that runs a verb of _worker.sh on a worker.
 worker() { printf 'cd safemoe/%s && bash code/launch/_worker.sh %s' "$NAME" "$(quoted "$@")"; }
 
-# set_up DEVICES ENVIRONMENT...: code and environment on all workers, and all devices there.
+# set_up ENVIRONMENT...: the code, and an environment for it, on all workers.
 set_up() {
-  local devices="$1" home="safemoe/$NAME"
-  shift
+  local home="safemoe/$NAME"
   retry "$SET_UP_TRIES" on_workers "mkdir -p $home && chmod 700 safemoe $home" || return
   REACHED=1
   retry "$SET_UP_TRIES" send "$home/code.tar.gz" "$STATE/code.tar.gz" || return
   retry "$SET_UP_TRIES" on_workers \
     "cd $home && rm -rf code && mkdir code && tar -xzf code.tar.gz -C code" || return
-  retry "$SET_UP_TRIES" on_workers "$(worker install "$@")" || return
-  on_workers "$(worker check "$devices")"
+  retry "$SET_UP_TRIES" on_workers "$(worker install "$@")"
 }
 
-# Starts the job on all workers; where one has it already, nothing happens there.
+# start_job DEVICES: on all workers, once all devices are there; a worker that has it is left alone.
 start_job() {
+  on_workers "$(worker check "$1")" || return
   if [[ "$ENV_FILE" ]]; then
     retry "$SET_UP_TRIES" send "safemoe/$NAME/secrets" "$ENV_FILE" || return
   fi

@@ -113,7 +113,7 @@ run_by_ssh() {
     retry "$SET_UP_TRIES" reached || die "${HOSTS[*]}: not all can be reached by ssh; see above"
     if [[ "$VERDICT" == running ]]; then
       say "$NAME runs already"
-    elif [[ "$VERDICT" == straggling ]] || ! set_up $((GPUS * NUM_WORKERS)) gpu || ! start_job; then
+    elif [[ "$VERDICT" == straggling ]] || ! set_up gpu || ! start_job $((GPUS * NUM_WORKERS)); then
       again failures "the job could not be started on all hosts"
       continue
     fi

@@ -49,8 +49,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_job.sh"
 VERB="" NAME="" ZONE="" PROJECT="" ACCELERATOR="" RUNTIME="" CAPACITY=on-demand MODE=qr KEEP=""
 DEVICES="" FAKE_DEVICES=16 NUM_WORKERS=1 CREATE_FLAGS=() SSH_FLAGS=() TRACK=()
 declare -A MOST=([preemptions]=20 [failures]=3) SPENT=([preemptions]=0 [failures]=0)
-# MADE: this call made the slice; FRESH: nothing has been started on it yet.
-STATE="" WHERE=() ENVIRONMENT=() MADE="" FRESH=""
+# MADE: this call made the slice; FRESH: nothing is on it yet; IS_SET_UP: what this call ships is.
+STATE="" WHERE=() ENVIRONMENT=() MADE="" FRESH="" IS_SET_UP=""
 
 parse() {
   while (($#)); do
@@ -183,7 +183,7 @@ slice_create() {
     vm) tpus tpu-vm create "$NAME" "--version=$RUNTIME" "${flags[@]}" ;;
     local) execute mkdir -p "${homes[@]}" ;;
   esac || return
-  MADE=1 FRESH=1 VERDICT=new
+  MADE=1 FRESH=1 IS_SET_UP="" VERDICT=new
 }
 
 slice_delete() {
@@ -311,11 +311,17 @@ find_or_start_job() {
     say "$NAME runs the job already"
     return
   fi
-  if [[ "$VERDICT" == unreachable ]] || ! set_up "$DEVICES" "${ENVIRONMENT[@]}" || ! start_job; then
+  if [[ "$VERDICT" == unreachable ]] || ! set_up_once || ! start_job "$DEVICES"; then
     job_failed
     return 1
   fi
-  FRESH=""
+}
+
+# What this call has set up is as it should be, until the slice is another one.
+set_up_once() {
+  [[ ! "$IS_SET_UP" ]] || return 0
+  set_up "${ENVIRONMENT[@]}" || return
+  FRESH="" IS_SET_UP=1
 }
 
 # Whatever went wrong is a failure only where the slice has not been taken away meanwhile.

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"
+PATIENCE = 600  # seconds, for what takes some on a machine of its own
 NOBODY = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
 
 
@@ -78,7 +79,7 @@ class Pod:
         """-> the exit code, and what was printed."""
         process = self.start(*command)
         try:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(process.communicate()[0]) from None
