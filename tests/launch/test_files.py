@@ -1,4 +1,4 @@
-"""What no fake can run: shell style, manifests, image and lock files, against their own checkers."""
+"""What no fake can run, against its own checker: scripts, manifests, image, lock files."""
 
 import re
 import subprocess

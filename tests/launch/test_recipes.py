@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import ROOT, git
 
-RECIPE = (ROOT / "docs" / "recipes" / "run_on_a_pod.md").read_text()
+RECIPE = (ROOT / "docs" / "recipes" / "run_on_a_pod.md").read_text().replace("\\\n", "")
 COMMANDS = [shlex.split(line) for line in re.findall(r"^    (launch/.+)$", RECIPE, re.MULTILINE)]
 
 
