@@ -65,6 +65,8 @@ look() {
   if ! on_workers "if [ -d $there ]; then $(worker status); else echo job: new; fi" \
     "$STATE/status"; then
     VERDICT=unreachable
+    say "not all workers can be reached by ssh:"
+    tail -qn 1 "$STATE/status/"* >&2 || true
   elif [[ "$DRY_RUN" ]]; then
     VERDICT=${STARTED:+done}
   else
@@ -82,8 +84,8 @@ verdict_of() {
     "job: running") VERDICT=running ;;
     *"job: running"*) VERDICT=straggling ;;
     "job: exited 0") VERDICT='done' ;;
-    "job: exited 75" | $'job: exited 0\njob: exited 75') VERDICT=saved ;;
     *"job: exited 2" | *$'job: exited 2\n'*) VERDICT=mistake ;; # and JAX ended the others
+    *"job: exited 75"*) VERDICT=saved ;; # all save together, whatever the others end with then
     *) VERDICT=failed ;;
   esac
 }

@@ -200,12 +200,14 @@ slice_delete() {
 # ---- The workers.
 
 on_workers() {
+  local errors=/dev/stderr # gcloud tells each connection there
   if [[ "$MODE" == local ]]; then
     fan_out "$@"
     return
   fi
+  [[ ! "${2:-}" || "$DRY_RUN" ]] || errors="$2/gcloud"
   tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all ${2:+"--output-directory=$2"} \
-    --ssh-flag=-oServerAliveInterval=15 "${SSH_FLAGS[@]}" "--command=$1"
+    --ssh-flag=-oServerAliveInterval=15 "${SSH_FLAGS[@]}" "--command=$1" 2>>"$errors"
 }
 
 send() {
