@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"
 PATIENCE = 600  # seconds, for what takes some on a machine of its own
 NOBODY = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def git(repo: Path, *arguments: str) -> str:
@@ -102,7 +111,8 @@ class Pod:
         return (self.home / "slice").exists()
 
     def end(self) -> None:
-        for pid in self.home.glob("slices/*/*/safemoe/*/pid"):
+        """Kills what runs on, on fake slices, hosts and the rehearsal's workers."""
+        for pid in self.home.parent.glob("*/**/safemoe/*/pid"):
             group = int(pid.read_text())
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import time
 
 import pytest
 
-from .conftest import git
+from .conftest import git, until
 
 JOB = ["--", "--config", "experiments/pyrit.py", "--workdir", "/shared/run", "--config.seed=1"]
 CALL = "run --config experiments/pyrit.py --workdir /shared/run --config.seed=1"
@@ -60,10 +59,7 @@ def test_by_ssh_budgets_mistakes_and_stop(hosts):
     assert (code, "the job ended with 2, a mistake" in output) == (2, True), output
     process = hosts.start(LAUNCHER, "run", "mine", *HOSTS, *JOB)
     log = hosts.repo / "runs" / "launch" / "mine" / "logs" / "3" / "worker-1.log"
-    deadline = time.monotonic() + 60
-    while not log.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(log.exists)
     os.killpg(process.pid, signal.SIGKILL)  # the job goes on
     process.communicate()
     code, output = hosts.call(LAUNCHER, "status", "mine", *HOSTS)
@@ -104,10 +100,8 @@ def submit(slurm, *options):
     assert code == 0, output
     number = output.split()[-1]
     assert output == f"Submitted batch job {number}\n"
-    deadline = time.monotonic() + 60
-    while f"{number}|RUNNING" in slurm.call(LAUNCHER, "status", "mine", "--slurm")[1]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    status = [LAUNCHER, "status", "mine", "--slurm"]
+    until(lambda: f"{number}|RUNNING" not in slurm.call(*status)[1])
     return number
 
 

@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import time
 
 import pytest
 
-from .conftest import ROOT, git
+from .conftest import PATIENCE, ROOT, git, until
 
 RECIPE = (ROOT / "docs" / "recipes" / "run_on_a_pod.md").read_text().replace("\\\n", "")
 COMMANDS = [shlex.split(line) for line in re.findall(r"^    (launch/.+)$", RECIPE, re.MULTILINE)]
@@ -37,10 +36,7 @@ def test_the_recipe_as_a_reader_follows_it(pod):
         word for word in run if not word.startswith(("--deadline", "--env-file"))
     ]
     runner = pod.start(*run[:3], "--poll=0", *run[3:])
-    deadline = time.monotonic() + 60
-    while not pod.runs(1):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: pod.runs(1))
     code, output = pod.call(*command("status"))
     assert output == "pod: READY\nworker 0: job: running\nworker 1: job: running\n"
     assert pod.call(*command("logs"))[0] == 0
@@ -51,7 +47,7 @@ def test_the_recipe_as_a_reader_follows_it(pod):
     assert "starts safemoe run" in attached.stdout.readline()
     attached.terminate()
     pod.plays(go="")
-    output, _ = runner.communicate(timeout=60)
+    output, _ = runner.communicate(timeout=PATIENCE)
     assert (runner.returncode, pod.is_up) == (0, False), output
     assert pod.call(*command("delete")) == (0, "pod is not there\n")
     assert (pod.home / "secrets-1").read_text() == "mine\n"

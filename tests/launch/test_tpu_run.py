@@ -5,11 +5,10 @@ import re
 import shlex
 import signal
 import tarfile
-import time
 
 import pytest
 
-from .conftest import FAKES, git
+from .conftest import FAKES, PATIENCE, git, until
 
 WHERE = ["--zone=us-west4-a"]
 SLICE = [*WHERE, "--accelerator=v5litepod-16", "--poll=0"]
@@ -20,13 +19,6 @@ LAUNCHER = "launch/tpu_run.sh"
 
 def run(pod, *options):
     return pod.call(LAUNCHER, "run", "pod", *SLICE, *options, *JOB)
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_run_waits_sets_up_all_workers_and_leaves_only_logs(pod):
@@ -139,7 +131,7 @@ def test_ssh_may_fail_for_a_while(pod):
     pod.plays(ssh_fails=3)
     until(lambda: (pod.home / "ssh_fails").read_text() == "0")
     pod.plays(go="")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, pod.is_up) == (0, False), output
     assert pod.runs() == [CALL]
     log = pod.repo / "runs" / "launch" / "pod" / "logs" / "1" / "worker-1.log"
@@ -181,7 +173,7 @@ def test_a_lost_launcher_does_no_harm_and_ctrl_c_saves_and_deletes(pod):
     process = pod.start(*command)
     until(lambda: len(pod.calls("ssh")) > 12)
     os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, output
     assert "pod runs the job already" in output
     assert pod.runs() == [CALL]  # nothing was started twice
