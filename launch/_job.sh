@@ -140,6 +140,7 @@ stop_job() {
     pause $((POLL < 5 ? POLL : 5))
     look
   done
+  copy_logs
 }
 
 workers_status() {

@@ -18,7 +18,7 @@
 # --accelerator=TYPE       v4-N, v5litepod-N, v5p-N or v6e-N, as gcloud names them
 # --capacity=KIND          on-demand (default), spot or reserved
 # --mode=MODE              qr (default): a queued resource; vm: a TPU VM at once, or a failure;
-#                          local: a rehearsal on this machine's CPU, with nothing installed
+#                          local: a rehearsal on this machine's CPU (Linux)
 # --deadline=TIME          of all that run does, waiting included; then the job saves (default 24h)
 # --max-preemptions=N      how often the slice may be taken away or the job be interrupted (20)
 # --max-failures=N         how often anything else may fail (3)
@@ -82,11 +82,13 @@ parse() {
 }
 
 check() {
+  local number
   [[ "$VERB" == @(create|run|status|logs|attach|delete) ]] ||
     die "'$VERB' is no verb; give create, run, status, logs, attach or delete"
   check_name
-  [[ "${MOST[preemptions]},${MOST[failures]}" =~ ^[0-9]+,[0-9]+$ ]] ||
-    die "--max-preemptions and --max-failures are ${MOST[*]}; give whole numbers"
+  for number in "${MOST[@]}" "${DEVICES:-0}" "$FAKE_DEVICES" "$NUM_WORKERS"; do
+    [[ "$number" =~ ^[0-9]+$ ]] || die "'$number' is no whole number; see $0 --help"
+  done
   STATE="$ROOT/runs/launch/$NAME"
   case "$MODE" in
     qr | vm) check_cloud ;;
@@ -280,7 +282,7 @@ run() {
   fi
   pack "$STATE/code.tar.gz"
   trap finish EXIT
-  trap 'stop_job; exit "$EXIT_INTERRUPTED"' INT TERM
+  trap interrupted INT TERM
   trap 'KEEP=1; exit 129' HUP
   while true; do
     ensure_slice
@@ -301,7 +303,8 @@ run() {
         (($(seconds_left) > 0)) || end_at_deadline
         spend preemptions "the job was interrupted and has saved"
         ;;
-      *) job_failed ;;
+      failed | straggling) job_failed ;;
+      *) slice_failed ;;
     esac
   done
 }
@@ -314,7 +317,7 @@ find_or_start_job() {
     return
   fi
   if [[ "$VERDICT" == unreachable ]] || ! set_up_once || ! start_job "$DEVICES"; then
-    job_failed
+    slice_failed
     return 1
   fi
 }
@@ -326,25 +329,37 @@ set_up_once() {
   FRESH="" IS_SET_UP=1
 }
 
-# Whatever went wrong is a failure only where the slice has not been taken away meanwhile.
-job_failed() {
+# What went wrong is a failure only where the slice has not been taken away meanwhile.
+is_still_there() {
   pause
-  [[ "$(slice_state)" == READY ]] || return 0
+  [[ "$(slice_state)" == READY ]]
+}
+
+job_failed() {
+  is_still_there || return 0
+  [[ "$VERDICT" != straggling ]] || stop_job
+  spend failures "the job has failed: see $(log_directory)"
+}
+
+# It cannot be reached, or not be set up; a new one may do.
+slice_failed() {
+  is_still_there || return 0
   if [[ ! "$REACHED" && ! "$MADE" ]]; then
     KEEP=1
     say "no worker of $NAME can be reached by ssh from here, and it is left as it is; is your key" \
       "in the agent (ssh-add ~/.ssh/google_compute_engine), or is --ssh=--internal-ip needed?"
     exit "$EXIT_FAILED"
   fi
-  case "$VERDICT" in
-    failed) ;;
-    straggling) stop_job ;;
-    *) slice_delete || true ;; # it cannot be set up, or reached: a new one may do
-  esac
-  spend failures "the job has failed or could not be started: see $(log_directory)"
+  slice_delete || true
+  spend failures "$NAME could not be set up, or not be reached, and is made anew"
 }
 
-# However the run ends: logs here, and nothing left that costs money.
+interrupted() {
+  [[ "$(slice_state)" != READY ]] || stop_job
+  exit "$EXIT_INTERRUPTED"
+}
+
+# However the run ends, nothing is left that costs money.
 finish() {
   local code=$?
   trap - EXIT INT TERM HUP
@@ -371,8 +386,7 @@ attach() {
   if [[ "$MODE" == local ]]; then
     execute bash -c "cd $(quoted "$STATE/workers/0") && exec $command"
   else
-    tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=0 "${SSH_FLAGS[@]}" \
-      "--command=$command"
+    tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=0 "${SSH_FLAGS[@]}" "--command=$command"
   fi
 }
 

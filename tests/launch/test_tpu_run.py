@@ -102,7 +102,7 @@ def test_each_budget_has_its_end(pod):
         "pod could not be created (failures: 2, at most 3)",
         "pod was taken away and is made anew (preemptions: 1, at most 2)",
         "the job was interrupted and has saved (preemptions: 2, at most 2)",
-        "the job has failed or could not be started: see",
+        "the job has failed: see",
         "(failures: 3, at most 3)",
     ):
         assert said in output
@@ -130,6 +130,10 @@ def test_ssh_may_fail_for_a_while(pod):
     until(pod.runs)
     pod.plays(ssh_fails=3)
     until(lambda: (pod.home / "ssh_fails").read_text() == "0")
+    pod.plays(outage="the network of this machine")
+    calls = len(pod.calls())
+    until(lambda: len(pod.calls()) > calls + 8)
+    (pod.home / "outage").unlink()
     pod.plays(go="")
     output, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, pod.is_up) == (0, False), output
@@ -240,7 +244,7 @@ def test_what_is_not_committed_is_refused_or_said(pod):
         (["run", "pod", *SLICE, "--capacity=cheap", *JOB], "--capacity=cheap is unknown"),
         (["run", "pod", *SLICE, "--mode=gke", *JOB], "--mode=gke is unknown; give qr, vm or local"),
         (["run", "pod", *SLICE, "--deadline=1d", *JOB], "1d is no duration; give one like 90s"),
-        (["run", "pod", *SLICE, "--max-failures=x", *JOB], "give whole numbers"),
+        (["run", "pod", *SLICE, "--max-failures=x", *JOB], "'x' is no whole number"),
         (["run", "pod", *SLICE], "no --config; end the command with -- --config"),
         (["run", "pod", *SLICE, *JOB[:3]], "--workdir is ''"),
         (["run", "pod", *SLICE, *JOB[:4], "/tmp/x"], "which goes with the slice; give gs://"),
