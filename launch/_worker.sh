@@ -77,7 +77,7 @@ job() {
   local program="$PWD/venv/bin/safemoe" top="$PWD"
   cd code
   # At the limit it is asked to save, as by a preemption; then it ends with 75.
-  timeout --preserve-status --kill-after="$GRACE" "$limit" "$program" run "$@" &
+  timeout --foreground --preserve-status --kill-after="$GRACE" "$limit" "$program" run "$@" &
   child=$!
   trap 'asked=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
   asked=1
