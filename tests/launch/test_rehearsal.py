@@ -2,14 +2,16 @@
 
 import json
 import os
+import runpy
 import signal
 import sys
 
+import jax
 import tiny
 
 from safemoe_jax.fetch import cache_dir
 
-from .conftest import PATIENCE, git, make_repo, until
+from .conftest import PATIENCE, ROOT, git, make_repo, until
 
 # A share of each batch for each device; so many steps that it has to be stopped.
 OPTIONS = [
@@ -54,3 +56,10 @@ def test_sixteen_fake_devices_train_until_ctrl_c_and_save(pod, tmp_path):
     (saved,) = (workdir / "experts" / "checkpoints").glob("[0-9]*")
     assert int(saved.name) == max(row["step"] for row in trained) > 0
     assert not (pod.repo / "runs" / "launch" / "tiny" / "workers").exists()
+
+
+def test_the_check_counts_the_devices_that_answer(capsys):
+    main = runpy.run_path(str(ROOT / "launch" / "check_devices.py"))["main"]
+    there = jax.device_count()
+    assert (main(there), main(there + 1)) == (0, 1)
+    assert f"together {there}, expected {there + 1}" in capsys.readouterr().out
