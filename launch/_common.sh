@@ -34,7 +34,7 @@ execute() {
 ask() {
   local assumed="$1"
   shift
-  execute "$@"
+  execute "$@" || return
   [[ ! "$DRY_RUN" ]] || printf '%s\n' "$assumed"
 }
 
