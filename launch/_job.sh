@@ -4,7 +4,8 @@
 #   on_workers COMMAND [DIR]   runs a shell command on all workers at once, with output to DIR/N.log
 #   send TO FILE               copies a file to all workers
 #   is_up                      0 they are there, 1 they are gone, 2 that cannot be found out
-# and sets NAME, STATE, a directory of this machine, and by budget MOST and SPENT.
+# and sets NAME, VERB, STATE, a directory of this machine, and by budget MOST and SPENT. What is
+# written on the way has a directory for each verb, since a run is looked at while it goes on.
 # shellcheck shell=bash
 
 # shellcheck disable=SC2034 # read by the launchers
@@ -59,19 +60,18 @@ start_job() {
 # What the workers say of their jobs, in VERDICT:
 #   unreachable | new | running | straggling | done | saved | mistake | failed
 look() {
-  local there="safemoe/$NAME/code" said
-  execute rm -rf "$STATE/status"
-  execute mkdir -p "$STATE/status"
-  if ! on_workers "if [ -d $there ]; then $(worker status); else echo job: new; fi" \
-    "$STATE/status"; then
+  local there="safemoe/$NAME/code" answers="$STATE/$VERB/answers" said
+  execute rm -rf "$answers"
+  execute mkdir -p "$answers"
+  if ! on_workers "if [ -d $there ]; then $(worker status); else echo job: new; fi" "$answers"; then
     VERDICT=unreachable
     say "not all workers can be reached by ssh:"
-    tail -qn 1 "$STATE/status/"* >&2 || true
+    tail -qn 1 "$answers/"* >&2 || true
   elif [[ "$DRY_RUN" ]]; then
     VERDICT=${STARTED:+done}
   else
     REACHED=1
-    said="$(grep -h '^job: ' "$STATE"/status/*.log | sort -u)" || true
+    said="$(grep -h '^job: ' "$answers"/*.log | sort -u)" || true
     verdict_of "$said"
   fi
 }
@@ -92,11 +92,11 @@ verdict_of() {
 
 # One log for each worker below $STATE/logs; of each set of workers a directory of its own.
 copy_logs() {
-  local file
-  execute mkdir -p "$STATE/logs/new" "$(log_directory)"
-  on_workers "$(worker log)" "$STATE/logs/new" || return 0 # what was copied before stays
+  local file fresh="$STATE/$VERB/logs"
+  execute mkdir -p "$fresh" "$(log_directory)"
+  on_workers "$(worker log)" "$fresh" || return 0 # what was copied before stays
   [[ ! "$DRY_RUN" ]] || return 0
-  for file in "$STATE/logs/new/"*.log; do
+  for file in "$fresh/"*.log; do
     mv "$file" "$(log_directory)/worker-$(basename "$file")"
   done
 }
@@ -146,7 +146,7 @@ stop_job() {
 workers_status() {
   local file
   look
-  for file in "$STATE/status/"*.log; do
+  for file in "$STATE/$VERB/answers/"*.log; do
     [[ -f "$file" ]] || continue
     echo "worker $(basename "$file" .log): $(grep '^job: ' "$file" || echo unreachable)"
   done

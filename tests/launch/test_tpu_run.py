@@ -90,7 +90,7 @@ def test_what_is_taken_away_is_made_anew_and_goes_on(pod, mode, states):
         [kind, "delete"],
     ] * 2
     logs = pod.repo / "runs" / "launch" / "pod" / "logs"
-    assert {path.name for path in logs.iterdir()} == {"1", "2", "new"}
+    assert {path.name for path in logs.iterdir()} == {"1", "2"}
 
 
 def test_each_budget_has_its_end(pod):
