@@ -49,7 +49,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_job.sh"
 VERB="" NAME="" ZONE="" PROJECT="" ACCELERATOR="" RUNTIME="" CAPACITY=on-demand MODE=qr KEEP=""
 DEVICES="" FAKE_DEVICES=16 NUM_WORKERS=1 CREATE_FLAGS=() SSH_FLAGS=() TRACK=()
 declare -A MOST=([preemptions]=20 [failures]=3) SPENT=([preemptions]=0 [failures]=0)
-# MADE: this call made the slice; FRESH: nothing is on it yet; IS_SET_UP: what this call ships is.
+# MADE: this call made the slice that is there; FRESH: nothing is on it yet; IS_SET_UP: what this call ships is.
 STATE="" WHERE=() ENVIRONMENT=() MADE="" FRESH="" IS_SET_UP=""
 
 parse() {
@@ -196,7 +196,8 @@ slice_delete() {
       on_workers "$(worker stop)" 2>/dev/null || true # nothing else ends what runs there
       execute rm -rf "$STATE/workers"
       ;;
-  esac
+  esac || return
+  MADE=""
 }
 
 # ---- The workers.
@@ -248,7 +249,10 @@ ensure_slice() {
     case "$state" in
       READY) return ;;
       FOREIGN) refuse_foreign ;;
-      ABSENT) slice_create || spend failures "$NAME could not be created" ;;
+      ABSENT)
+        [[ ! "$MADE" ]] || spend preemptions "$NAME is gone and is made anew"
+        slice_create || spend failures "$NAME could not be created"
+        ;;
       PREEMPTED | FAILED)
         slice_delete || true
         if [[ "$state" == FAILED ]]; then

@@ -271,3 +271,15 @@ def test_secrets_that_others_can_read_are_refused(pod):
     secrets.chmod(0o600)
     assert "line 2 of" in run(pod, f"--env-file={secrets}")[1]
     assert pod.calls() == []
+
+
+def test_a_slice_that_somebody_deletes_is_made_anew_once(pod):
+    pod.plays(jobs="forever\n0")
+    process = pod.start(LAUNCHER, "run", "pod", *SLICE, "--max-preemptions=1", *JOB)
+    until(pod.runs)
+    code, output = pod.call(LAUNCHER, "delete", "pod", *WHERE)
+    assert code == 0, output
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    assert "pod is gone and is made anew (preemptions: 1, at most 1)" in output
+    assert pod.runs() == [CALL] * 2
