@@ -129,8 +129,8 @@ pack() {
   STAMP="$commit"
   if [[ "$(changed)" ]]; then
     [[ "$ALLOW_DIRTY" ]] ||
-      die "not committed: $(changed | paste -sd ' '); commit, or ship tracked files as they are by" \
-        "--allow-dirty"
+      die "not committed: $(changed | paste -sd ' '); commit, or ship tracked files as they are" \
+        "by --allow-dirty"
     commit="$(git -C "$ROOT" stash create)"
     commit="${commit:-$STAMP}"
     STAMP+=" with changes, $commit"

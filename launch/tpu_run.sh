@@ -49,7 +49,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_job.sh"
 VERB="" NAME="" ZONE="" PROJECT="" ACCELERATOR="" RUNTIME="" CAPACITY=on-demand MODE=qr KEEP=""
 DEVICES="" FAKE_DEVICES=16 NUM_WORKERS=1 CREATE_FLAGS=() SSH_FLAGS=() TRACK=()
 declare -A MOST=([preemptions]=20 [failures]=3) SPENT=([preemptions]=0 [failures]=0)
-# MADE: this call made the slice that is there; FRESH: nothing is on it yet; IS_SET_UP: what this call ships is.
+# MADE: this call made the slice that is there; FRESH: nothing is on it yet; IS_SET_UP: what this
+# call ships is on it.
 STATE="" WHERE=() ENVIRONMENT=() MADE="" FRESH="" IS_SET_UP=""
 
 parse() {
