@@ -24,7 +24,8 @@
 #   --poll=SECONDS (60)
 # Slurm: --nodes=N (1), --time=TIME (24:00:00), --max-requeues=N (20), --sbatch=FLAG (more flags of
 #   sbatch, one each: --sbatch=--partition=x). One task for each GPU, as JAX has it. Your home
-#   directory must be shared by the nodes, and this machine reach the package index. Secrets stay in that directory.
+#   directory must be shared by the nodes, and this machine reach the package index. Secrets stay
+#   in that directory.
 #
 # Exit codes: 0 done, or submitted; 1 failed; 2 a mistake, in one line; 75 saved, run again. Ctrl-C
 # lets a job that was started by ssh save and end; a lost terminal or connection leaves it alone,

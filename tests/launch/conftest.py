@@ -61,6 +61,7 @@ class Pod:
 
     def __init__(self, home: Path, repo: Path) -> None:
         self.home, self.repo = home, repo
+        self._started: list[subprocess.Popen] = []
         self.environment = os.environ | {
             "FAKE_GCLOUD": str(home),
             "PATH": f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -73,7 +74,7 @@ class Pod:
             (self.home / name).write_text(str(text))
 
     def start(self, *command: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=self.repo,
             env=self.environment,
@@ -83,15 +84,13 @@ class Pod:
             text=True,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
 
     def call(self, *command: str) -> tuple[int, str]:
         """-> the exit code, and what was printed."""
         process = self.start(*command)
-        try:
-            output, _ = process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(process.communicate()[0]) from None
+        output, _ = process.communicate(timeout=PATIENCE)
         return process.returncode, output
 
     def calls(self, verb: str | None = None) -> list[list[str]]:
@@ -111,7 +110,12 @@ class Pod:
         return (self.home / "slice").exists()
 
     def end(self) -> None:
-        """Kills what runs on, on fake slices, hosts and the rehearsal's workers."""
+        """Kills what runs on, here and on fake slices, hosts and the rehearsal's workers."""
+        for process in self._started:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
         for pid in self.home.parent.glob("*/**/safemoe/*/pid"):
             group = int(pid.read_text())
             with contextlib.suppress(ProcessLookupError):

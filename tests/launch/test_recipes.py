@@ -1,7 +1,9 @@
 """Each launcher command of docs/recipes/run_on_a_pod.md is run as it stands there."""
 
+import os
 import re
 import shlex
+import signal
 
 import pytest
 
@@ -45,7 +47,8 @@ def test_the_recipe_as_a_reader_follows_it(pod):
     assert f"worker 1 runs run {expected}" in log.read_text()
     attached = pod.start(*command("attach"))
     assert "starts safemoe run" in attached.stdout.readline()
-    attached.terminate()
+    os.killpg(attached.pid, signal.SIGTERM)
+    attached.communicate()
     pod.plays(go="")
     output, _ = runner.communicate(timeout=PATIENCE)
     assert (runner.returncode, pod.is_up) == (0, False), output

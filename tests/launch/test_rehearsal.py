@@ -42,7 +42,7 @@ def test_sixteen_fake_devices_train_until_ctrl_c_and_save(pod, tmp_path):
     process = pod.start(*launcher, "--", *job)
     metrics = workdir / "metrics.jsonl"
     until(lambda: (metrics.exists() and metrics.read_text()) or process.poll() is not None)
-    os.kill(process.pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=PATIENCE)
 
     logs = pod.repo / "runs" / "launch" / "tiny" / "logs" / "1" / "worker-0.log"
