@@ -1,7 +1,6 @@
 """--mode=local: all of tpu_run.sh but the cloud, and a tiny experiment that is really trained."""
 
 import json
-import os
 import runpy
 import signal
 import sys
