@@ -91,12 +91,12 @@ check() {
     [[ "$number" =~ ^[0-9]+$ ]] || die "'$number' is no whole number; see $0 --help"
   done
   STATE="$ROOT/runs/launch/$NAME"
+  [[ "$VERB" != run ]] || check_job
   case "$MODE" in
     qr | vm) check_cloud ;;
     local) check_local ;;
     *) die "--mode=$MODE is unknown; give qr, vm or local" ;;
   esac
-  [[ "$VERB" != run ]] || check_job
 }
 
 check_cloud() {
