@@ -1,4 +1,7 @@
 # Sourced by the launchers beside it: messages, dry runs, waiting, and the archive of the code.
+#
+# NOTE a footgun: in what a trap calls, `return` without a number gives the status from before the
+# trap. So every return here and in the launchers has its number.
 # shellcheck shell=bash
 # shellcheck source-path=SCRIPTDIR source=_venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
@@ -34,7 +37,7 @@ execute() {
 ask() {
   local assumed="$1"
   shift
-  execute "$@" || return
+  execute "$@" || return 1
   [[ ! "$DRY_RUN" ]] || printf '%s\n' "$assumed"
 }
 
@@ -54,7 +57,7 @@ retry() {
   local tries="$1" try
   shift
   for ((try = 1; ; try++)); do
-    "$@" && return
+    "$@" && return 0
     ((try < tries)) || return 1
     say "did not work, trying again ($try of $((tries - 1)))"
     backoff "$try"
@@ -92,8 +95,8 @@ check_name() {
 job_option() {
   local index
   for index in "${!JOB[@]}"; do
-    [[ "${JOB[index]}" != "$1="* ]] || { echo "${JOB[index]#*=}"; return; }
-    [[ "${JOB[index]}" != "$1" ]] || { echo "${JOB[index + 1]-}"; return; }
+    [[ "${JOB[index]}" != "$1="* ]] || { echo "${JOB[index]#*=}"; return 0; }
+    [[ "${JOB[index]}" != "$1" ]] || { echo "${JOB[index + 1]-}"; return 0; }
   done
 }
 

@@ -38,21 +38,21 @@ worker() { printf 'cd safemoe/%s && bash code/launch/_worker.sh %s' "$NAME" "$(q
 # set_up ENVIRONMENT...: the code, and an environment for it, on all workers.
 set_up() {
   local home="safemoe/$NAME"
-  retry "$SET_UP_TRIES" on_workers "mkdir -p $home && chmod 700 safemoe $home" || return
+  retry "$SET_UP_TRIES" on_workers "mkdir -p $home && chmod 700 safemoe $home" || return 1
   REACHED=1
-  retry "$SET_UP_TRIES" send "$home/code.tar.gz" "$STATE/code.tar.gz" || return
+  retry "$SET_UP_TRIES" send "$home/code.tar.gz" "$STATE/code.tar.gz" || return 1
   retry "$SET_UP_TRIES" on_workers \
-    "cd $home && rm -rf code && mkdir code && tar -xzf code.tar.gz -C code" || return
+    "cd $home && rm -rf code && mkdir code && tar -xzf code.tar.gz -C code" || return 1
   retry "$SET_UP_TRIES" on_workers "$(worker install "$@")"
 }
 
 # start_job DEVICES: on all workers, once all devices are there; a worker that has it is left alone.
 start_job() {
-  on_workers "$(worker check "$1")" || return
+  on_workers "$(worker check "$1")" || return 1
   if [[ "$ENV_FILE" ]]; then
-    retry "$SET_UP_TRIES" send "safemoe/$NAME/secrets" "$ENV_FILE" || return
+    retry "$SET_UP_TRIES" send "safemoe/$NAME/secrets" "$ENV_FILE" || return 1
   fi
-  retry "$SET_UP_TRIES" on_workers "$(worker start "$(seconds_left)" "${JOB[@]}")" || return
+  retry "$SET_UP_TRIES" on_workers "$(worker start "$(seconds_left)" "${JOB[@]}")" || return 1
   STARTED=1
   say "started; it goes on without this terminal: Ctrl-C ends it, closing the terminal does not"
 }
@@ -120,12 +120,12 @@ watch_job() {
     [[ "$VERDICT" == @(running|straggling|unreachable) ]] || return 0
     up=0 && is_up || up=$?
     case "$VERDICT:$up" in
-      *:1) VERDICT=lost && return ;;
+      *:1) VERDICT=lost && return 0 ;;
       running:*) misses=0 straggling=0 ;;
       straggling:*) ((++straggling < MOST_MISSES)) || return 0 ;;
       unreachable:0) ((++misses < MOST_MISSES)) || return 0 ;; # with 2 it is this machine's network
     esac
-    (($(seconds_left) + SAVING_SECONDS > 0)) || { VERDICT=late && return; }
+    (($(seconds_left) + SAVING_SECONDS > 0)) || { VERDICT=late && return 0; }
     pause
   done
 }

@@ -46,7 +46,7 @@ declare -A MOST=([interruptions]=20 [failures]=3) SPENT=([interruptions]=0 [fail
 parse() {
   while (($#)); do
     case "$1" in
-      --) JOB=("${@:2}") && return ;;
+      --) JOB=("${@:2}") && return 0 ;;
       --hosts=*) IFS=, read -ra HOSTS <<<"${1#*=}" ;;
       --slurm) SLURM=1 ;;
       --gpus=*) GPUS="${1#*=}" ;;
@@ -98,7 +98,7 @@ on_workers() { fan_out "$@"; }
 send() {
   local host
   for host in "${HOSTS[@]}"; do
-    execute scp -q -oBatchMode=yes "${SSH_FLAGS[@]}" "$2" "$host:$1" || return
+    execute scp -q -oBatchMode=yes "${SSH_FLAGS[@]}" "$2" "$host:$1" || return 1
   done
 }
 
@@ -120,7 +120,7 @@ run_by_ssh() {
     fi
     watch_job
     case "$VERDICT" in
-      done) say "done; logs are in $(log_directory)" && return ;;
+      done) say "done; logs are in $(log_directory)" && return 0 ;;
       mistake) die "the job ended with 2, a mistake in its command: see $(log_directory)" ;;
       late) at_deadline ;;
       saved)
@@ -187,7 +187,7 @@ stop_by_slurm() {
 
 main() {
   local number
-  if [[ "${1:-}" == @(--help|-h|) ]]; then help && return; fi
+  if [[ "${1:-}" == @(--help|-h|) ]]; then help && return 0; fi
   parse "$@"
   check
   case "$VERB${SLURM:+ slurm}" in

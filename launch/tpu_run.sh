@@ -56,7 +56,7 @@ STATE="" WHERE=() ENVIRONMENT=() MADE="" FRESH="" IS_SET_UP=""
 parse() {
   while (($#)); do
     case "$1" in
-      --) JOB=("${@:2}") && return ;;
+      --) JOB=("${@:2}") && return 0 ;;
       --accelerator=*) ACCELERATOR="${1#*=}" ;;
       --capacity=*) CAPACITY="${1#*=}" ;;
       --mode=*) MODE="${1#*=}" ;;
@@ -148,13 +148,13 @@ slice_state() {
     qr) answer="$(list queued-resources "state.state,tpu.nodeSpec[0].node.labels.safemoe")" ;;
     vm) answer="$(list tpu-vm "state,labels.safemoe")" ;;
     local) [[ ! -d "$STATE/workers" && ! "$MADE" ]] || answer="READY,$NAME" ;;
-  esac || { echo UNKNOWN && return; }
-  [[ "$answer" ]] || { echo ABSENT && return; }
+  esac || { echo UNKNOWN && return 0; }
+  [[ "$answer" ]] || { echo ABSENT && return 0; }
   IFS=, read -r state label <<<"$answer"
-  [[ "$label" == "$NAME" ]] || { echo FOREIGN && return; }
+  [[ "$label" == "$NAME" ]] || { echo FOREIGN && return 0; }
   if [[ "$MODE" == qr && "$state" == ACTIVE ]]; then
     # Where a spot node was taken away, its queued resource says so later.
-    answer="$(list tpu-vm "state,labels.safemoe")" || { echo UNKNOWN && return; }
+    answer="$(list tpu-vm "state,labels.safemoe")" || { echo UNKNOWN && return 0; }
     state="${answer%%,*}"
   fi
   case "$state" in
@@ -185,7 +185,7 @@ slice_create() {
       "--valid-until-duration=$(seconds_left)s" "${flags[@]}" ;;
     vm) tpus tpu-vm create "$NAME" "--version=$RUNTIME" "${flags[@]}" ;;
     local) execute mkdir -p "${homes[@]}" ;;
-  esac || return
+  esac || return 1
   MADE=1 FRESH=1 IS_SET_UP="" VERDICT=new
 }
 
@@ -197,7 +197,7 @@ slice_delete() {
       on_workers "$(worker stop)" 2>/dev/null || true # nothing else ends what runs there
       execute rm -rf "$STATE/workers"
       ;;
-  esac || return
+  esac || return 1
   MADE=""
 }
 
@@ -207,7 +207,7 @@ on_workers() {
   local errors=/dev/stderr # gcloud tells each connection there
   if [[ "$MODE" == local ]]; then
     fan_out "$@"
-    return
+    return $?
   fi
   [[ ! "${2:-}" || "$DRY_RUN" ]] || errors="$2/gcloud"
   tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all ${2:+"--output-directory=$2"} \
@@ -218,9 +218,9 @@ send() {
   if [[ "$MODE" == local ]]; then
     local number
     for ((number = 0; number < NUM_WORKERS; number++)); do
-      execute cp "$2" "$STATE/workers/$number/$1" || return
+      execute cp "$2" "$STATE/workers/$number/$1" || return 1
     done
-    return
+    return 0
   fi
   tpus tpu-vm scp "$2" "$NAME:$1" "${WHERE[@]}" --worker=all "${SSH_FLAGS[@]}"
 }
@@ -248,7 +248,7 @@ ensure_slice() {
   while true; do
     state="$(slice_state)"
     case "$state" in
-      READY) return ;;
+      READY) return 0 ;;
       FOREIGN) refuse_foreign ;;
       ABSENT)
         [[ ! "$MADE" ]] || spend preemptions "$NAME is gone and is made anew"
@@ -294,7 +294,7 @@ run() {
     find_or_start_job || continue
     watch_job
     case "$VERDICT" in
-      done) return ;;
+      done) return 0 ;;
       mistake)
         say "the job ended with 2, a mistake in its command: see $(log_directory)"
         exit 2
@@ -319,7 +319,7 @@ find_or_start_job() {
   [[ "$FRESH" ]] || retry "$SET_UP_TRIES" reached || true
   if [[ "$VERDICT" == @(running|straggling) ]]; then
     say "$NAME runs the job already"
-    return
+    return 0
   fi
   if [[ "$VERDICT" == unreachable ]] || ! set_up_once || ! start_job "$DEVICES"; then
     slice_failed
@@ -330,7 +330,7 @@ find_or_start_job() {
 # What this call has set up is as it should be, until the slice is another one.
 set_up_once() {
   [[ ! "$IS_SET_UP" ]] || return 0
-  set_up "${ENVIRONMENT[@]}" || return
+  set_up "${ENVIRONMENT[@]}" || return 1
   FRESH="" IS_SET_UP=1
 }
 
@@ -396,7 +396,7 @@ attach() {
 }
 
 main() {
-  if [[ "${1:-}" == @(--help|-h|) ]]; then help && return; fi
+  if [[ "${1:-}" == @(--help|-h|) ]]; then help && return 0; fi
   parse "$@"
   check
   case "$VERB" in

@@ -16,6 +16,7 @@ from .conftest import PATIENCE, ROOT, git, make_repo, until
 OPTIONS = [
     "--config.mesh.data=16",
     "--config.train.experts.rows=8",
+    "--config.train.router.rows=16",
     "--config.train.experts.steps=1000000",
     "--config.train.experts.validate_every=1000000",
     "--config.train.experts.save_every=1000000",

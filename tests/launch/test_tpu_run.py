@@ -283,3 +283,14 @@ def test_a_slice_that_somebody_deletes_is_made_anew_once(pod):
     assert process.returncode == 0, output
     assert "pod is gone and is made anew (preemptions: 1, at most 1)" in output
     assert pod.runs() == [CALL] * 2
+
+
+def test_a_rehearsal_on_several_workers_joins_them(pod):
+    local = ["--mode=local", "--fake-devices=16", "--fake-workers=4", "--dry-run"]
+    code, output = pod.call(LAUNCHER, "run", "pod", *local, *JOB)
+    assert code == 0
+    (last,) = (
+        line for line in output.splitlines() if "JAX_PROCESS_ID=3" in line and "check" in line
+    )
+    assert "--xla_force_host_platform_device_count=4 JAX_COORDINATOR_ADDRESS=localhost:8476" in last
+    assert last.endswith("_worker.sh check 16'")
