@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"
-PATIENCE = 600  # seconds, for what takes some on a machine of its own
+PATIENCE = 300  # seconds; on a quiet machine nothing here takes a tenth of it
 NOBODY = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
 
 
