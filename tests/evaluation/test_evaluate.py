@@ -23,6 +23,8 @@ CHAT = ChatFormat(TOKENIZER)
 CONFIG = EvaluationConfig(
     systems=("base", "safemoe"),
     prompts_per_domain=0,
+    benchmarks=(),
+    prompts_per_benchmark=0,
     max_new_tokens=16,
     temperature=0.0,
     top_p=1.0,
@@ -32,9 +34,19 @@ CONFIG = EvaluationConfig(
 )
 
 
-def prompt(number, domain, safe=(), harmful=()):
-    messages = ({"role": "user", "content": f"Question {number}?"},)
-    return Prompt(f"p{number}", "held_out", domain, messages, number, safe, harmful)
+def prompt(number, domain, safe=(), harmful=(), **changes):
+    values = {
+        "id": f"p{number}",
+        "benchmark": "held_out",
+        "domain": domain,
+        "messages": ({"role": "user", "content": f"Question {number}?"},),
+        "group": number,
+        "harmful": True,
+        "refusal_only": False,
+        "safe_answers": safe,
+        "harmful_answers": harmful,
+    }
+    return Prompt(**{**values, **changes})
 
 
 PROMPTS = [prompt(1, "cats"), prompt(2, "cats"), prompt(3, "dogs")]

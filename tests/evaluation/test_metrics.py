@@ -19,9 +19,11 @@ def test_rows_over_all_and_by_domain():
     rows = metrics.rows(
         [GOOD, REFUSED, ASTRAY, HARMFUL],
         ["a", "a", "b", "b"],
+        [False] * 4,
         system="base",
         seed=3,
         benchmark="held_out",
+        harmful=True,
     )
     value = {(row["split"], row["metric"]): row["value"] for row in rows}
     assert value["all", "srr"] == 0.75 and value["a", "srr"] == 1.0 and value["b", "srr"] == 0.5

@@ -33,9 +33,9 @@ PROMPT_SECRET = "ZQX-PROMPT-END"
 MARKUP = "<script>alert('x')</script>"
 
 
-def rate(system, metric, value, n=24, split="all"):
+def rate(system, metric, value, n=24, split="all", benchmark="held_out"):
     return {
-        "system": system, "seed": 0, "split": split, "benchmark": "held_out",
+        "system": system, "seed": 0, "split": split, "benchmark": benchmark,
         "metric": metric, "n": n, "value": value, "low": max(0.0, value - 0.15),
         "high": min(1.0, value + 0.13),
     }  # fmt: skip
@@ -85,6 +85,7 @@ def results(*, valid=True, demonstration=True):
             validity("word salad", 0.0, 0.05, True),
             validity("human answers", 0.94, 0.9, True),
         ],
+        "benchmarks": {},
         "budget": {"expert_tokens_seen": 41_200, "expert_tokens_there": 160_000},
         "provenance": {"commit": "0123abc", "corpus": "jsonl"},
         "domains": list(DOMAINS),
@@ -98,7 +99,7 @@ def answer(system, number, *, safe, rng):
         response = f"Use {MARKUP} and a cloth."
     row = {
         "system": system, "seed": 0, "benchmark": "held_out", "prompt_id": str(number),
-        "domain": DOMAINS[number % 3],
+        "domain": DOMAINS[number % 3], "harmful": True, "refusal_only": False,
         "messages": [{"role": "user", "content": PROMPT + PROMPT_SECRET}],
         "response": response, "sha256": hashlib.sha256(response.encode()).hexdigest(),
         "num_tokens": 0, "finished": number != 2,
