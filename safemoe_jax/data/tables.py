@@ -67,7 +67,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv(file: BinaryIO) -> Iterator[Row]:
-    return csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+        yield from csv.DictReader(lines, strict=True)
 
 
 def _json(file: BinaryIO) -> Iterator[Row | str]:
@@ -95,8 +96,8 @@ def _seeds(file: BinaryIO) -> Iterator[Row]:
 
 
 def _text(file: BinaryIO) -> Iterator[str]:
-    lines = io.TextIOWrapper(file, encoding="utf-8")
-    return (line.strip() for line in lines if line.strip())
+    with io.TextIOWrapper(file, encoding="utf-8") as lines:
+        yield from (line.strip() for line in lines if line.strip())
 
 
 _READERS: dict[str, Callable[[BinaryIO], Iterator[Row | str]]] = {
