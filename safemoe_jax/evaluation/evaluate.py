@@ -242,8 +242,8 @@ def _answers(system, prompts, chat, config, seed, key) -> list[dict[str, Any]]:
 
 def _key(system: str, prompts: Sequence[Prompt], config: EvaluationConfig, seed: int) -> str:
     generation = (config.max_new_tokens, config.temperature, config.top_p, seed)
-    text = json.dumps([system, [prompt.id for prompt in prompts], generation])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    asked = [(p.benchmark, p.id, p.harmful, p.refusal_only) for p in prompts]
+    return hashlib.sha256(json.dumps([system, asked, generation]).encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
