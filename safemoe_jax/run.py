@@ -217,9 +217,8 @@ def _evaluate(experiment: Experiment) -> None:
         config.evaluation.prompts_per_domain,
     )
     valid = validity(judge, informed, config.seed)
-    taught = {row.prompt for row in judge_rows}
-    models = experiment.corpus.select(splits={"train", "validation"})
-    taught |= {example.prompt for example in models}
+    learnt = experiment.corpus.select(splits={"train", "validation", "judge"})
+    taught = {row.prompt for row in [*judge_rows, *learnt]}
     asked, facts = benchmarks.ask(sets, taught, config.evaluation.prompts_per_benchmark)
     for name, fact in facts.items():
         console.print(
