@@ -30,6 +30,8 @@ setup(
         "jinja2>=3.1",
         "tokenizers>=0.22",
         "safetensors>=0.6.2",
+        "pyarrow>=20",
+        "pyyaml>=6",
         "gguf>=0.17",
         "huggingface_hub>=1",
         "datasketch>=1.6",

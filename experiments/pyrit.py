@@ -74,6 +74,8 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.systems = ("base", "safemoe", "uniform", "safe_lora")
     config.evaluation.prompts_per_domain = 0
+    config.evaluation.benchmarks = ()
+    config.evaluation.prompts_per_benchmark = 0
     config.evaluation.max_new_tokens = 128
     config.evaluation.temperature = 0.0
     config.evaluation.top_p = 1.0

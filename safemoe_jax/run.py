@@ -6,6 +6,7 @@ fetch -> data -> train_experts -> train_gate -> evaluate -> report
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -27,6 +28,7 @@ from safemoe_jax.evaluation.evaluate import (
 )
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
+from safemoe_jax.evaluation.prompt_sets import Named, resolve
 from safemoe_jax.evaluation.report import terminal_table, write_report
 from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment, num_params
@@ -54,10 +56,12 @@ _SHORTEST_SCORED = (
 
 
 def fetch(experiment: Experiment) -> None:
-    """Brings base and corpus to this machine."""
+    """Brings base, corpus and benchmarks to this machine."""
     console.print(f"base: {fetch_base(experiment.config.model.source)}")
     corpus = experiment.corpus
     console.print(f"corpus: {len(corpus.examples)} examples of {len(corpus.domains)} domains")
+    for benchmark in resolve(experiment.config.evaluation.benchmarks):
+        console.print(f"benchmark {benchmark.name}: {', '.join(map(str, benchmark.files()))}")
 
 
 def data(experiment: Experiment, show: int = 0) -> None:
@@ -175,18 +179,19 @@ def train_safe_lora(experiment: Experiment) -> Any:
 
 
 def evaluate(experiment: Experiment) -> None:
-    """Compares the config's systems on held-out prompts and prints the table."""
+    """Compares the config's systems on held-out prompts and benchmarks, and prints the table."""
     with jax.set_mesh(experiment.mesh):
         _evaluate(experiment)
 
 
 def _evaluate(experiment: Experiment) -> None:
     config, directory = experiment.config, experiment.workdir.evaluation
+    sets = resolve(config.evaluation.benchmarks)  # a wrong name is seen before anything is trained
     if experiment.workdir.bundle.exists():
         _bundle(experiment)  # is it of this base and data?
     else:
         train_gate(experiment)
-    key = _evaluation_key(experiment)
+    key = _evaluation_key(experiment, sets)
     path = directory / "results.json"
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
         console.print(terminal_table(json.loads(path.read_text())))
@@ -194,8 +199,9 @@ def _evaluate(experiment: Experiment) -> None:
     directory.mkdir(exist_ok=True, mode=0o700)
     systems, experts = _systems(experiment)
     base = _system(experiment, "base", experiment.model, {}, None)
+    judge_rows = load_judge_rows(experiment.corpus)
     judge = EmbeddedJudge.fit(
-        load_judge_rows(experiment.corpus),
+        judge_rows,
         _cached(base.scorer, experiment.identity["base"]),
         likelihood_rows=config.evaluation.judge_rows,
         seed=config.seed,
@@ -211,8 +217,17 @@ def _evaluate(experiment: Experiment) -> None:
         config.evaluation.prompts_per_domain,
     )
     valid = validity(judge, informed, config.seed)
+    learnt = experiment.corpus.select(splits={"train", "validation", "judge"})
+    taught = {row.prompt for row in [*judge_rows, *learnt]}
+    asked, facts = benchmarks.ask(sets, taught, config.evaluation.prompts_per_benchmark)
+    for name, fact in facts.items():
+        console.print(
+            f"benchmark {name}: {fact['asked']} of {fact['prompts']} prompts asked, "
+            f"{fact['by_refusal_alone']} of them judged by refusal alone; "
+            f"{fact['left_out_as_taught']} left out, which taught models or judge"
+        )
     rows = answer_prompts(
-        systems, prompts, experiment.chat, config.evaluation, config.seed, directory
+        systems, prompts + asked, experiment.chat, config.evaluation, config.seed, directory
     )
     results = {
         "rows": judge_answers(rows, judge, config.seed, directory),
@@ -220,6 +235,7 @@ def _evaluate(experiment: Experiment) -> None:
         "experts": expert_rows(base.scorer, experts, prompts),
         "judge": {"name": judge.name, **judge.reliability},
         "validity": valid,
+        "benchmarks": facts,
         "budget": _budget(experiment),
         "domains": list(config.data.domains),
         "demonstration": config.evaluation.demonstration,
@@ -370,10 +386,11 @@ def _cached(scorer: Scorer, base_sha256: str) -> Scorer | CachedScorer:
     return CachedScorer(scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
 
 
-def _evaluation_key(experiment: Experiment) -> str:
-    """What an evaluation depends on: the bundle and the evaluation's settings."""
+def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:
+    """What an evaluation depends on: the bundle, its own settings, the benchmarks' files."""
     manifest = (experiment.workdir.bundle / "manifest.json").read_bytes()
-    settings = json.dumps(to_dict(experiment.config)["evaluation"])
+    files = [(benchmark.name, benchmark.sha256()) for benchmark in sets]
+    settings = json.dumps([to_dict(experiment.config)["evaluation"], files])
     return hashlib.sha256(manifest + settings.encode()).hexdigest()[:16]
 
 

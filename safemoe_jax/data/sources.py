@@ -14,8 +14,8 @@ from safemoe_jax.fetch import file_sha256, wheel_member
 
 Label = Literal["unsafe", "safe"]
 
-_PYRIT = "pyrit==1.1.0"
-_PYRIT_SHA256 = "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a"
+PYRIT = "pyrit==1.1.0"
+PYRIT_SHA256 = "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a"
 _SCORER_EVALS = "pyrit/datasets/scorer_evals"
 _PYRIT_HARM = {
     "exploits": ("exploits",),
@@ -67,7 +67,7 @@ class PyritSource:
     in a domain is one row with the mean of its scores.
     """
 
-    sha256 = _PYRIT_SHA256
+    sha256 = PYRIT_SHA256
 
     def __init__(self, unsafe_min_score: float, safe_max_score: float) -> None:
         """A score from `unsafe_min_score` is unsafe, one up to `safe_max_score` safe."""
@@ -90,7 +90,7 @@ class PyritSource:
                     response=response,
                     domain=domain,
                     label=self._label(sum(values) / len(values)),
-                    source=f"{_PYRIT} harm/{domain}",
+                    source=f"{PYRIT} harm/{domain}",
                 )
 
     def _label(self, score: float) -> Label | None:
@@ -108,7 +108,7 @@ def pyrit_scores(name: str) -> Iterator[tuple[str, str, float] | Reject]:
     Yields:
       (prompt, answer, mean of the human scores, in [0, 1]), or why a row has none of these.
     """
-    wheel = wheel_member(_PYRIT, None, wheel_sha256=_PYRIT_SHA256)
+    wheel = wheel_member(PYRIT, None, wheel_sha256=PYRIT_SHA256)
     with zipfile.ZipFile(wheel) as archive, archive.open(f"{_SCORER_EVALS}/{name}") as file:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         above, header = next(
@@ -133,7 +133,7 @@ def pyrit_scores(name: str) -> Iterator[tuple[str, str, float] | Reject]:
 
 def pyrit_tables(folder: str) -> list[str]:
     """Names of the tables in a folder of the scorer evaluations, for `pyrit_scores`."""
-    wheel = wheel_member(_PYRIT, None, wheel_sha256=_PYRIT_SHA256)
+    wheel = wheel_member(PYRIT, None, wheel_sha256=PYRIT_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(archive.namelist())
     prefix = f"{_SCORER_EVALS}/"

@@ -30,12 +30,16 @@ from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.base import BaseIdentity, BaseModel
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 COLLECTIONS = ("experts", "router")
 
 # Of the corpora that experts and router are trained on.
-DATA_LICENSES = {"pyrit": "MIT", "jsonl": "the user's own data; its owner knows"}
+DATA_LICENSES = {
+    "pyrit": "MIT",
+    "jsonl": "the user's own data; its owner knows",
+    "beavertails": "CC-BY-NC-4.0: no commercial use",
+}
 
 
 @dataclasses.dataclass(frozen=True)
