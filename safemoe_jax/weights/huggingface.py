@@ -62,7 +62,7 @@ def load(directory: Path, param_dtype: str) -> Checkpoint:
         params = assemble(
             spec, NAMES, present, lambda name: home[name].get_tensor(name), param_dtype
         )
-    return Checkpoint(spec, params, read_tokenizer(directory), _license(directory), files)
+    return Checkpoint(spec, params, read_tokenizer(directory), read_license(directory), files)
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -139,7 +139,8 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / name for name in names)
 
 
-def _license(directory: Path) -> str:
+def read_license(directory: Path) -> str:
+    """The licence that a directory's model card states, or "unknown"."""
     card = directory / "README.md"
     if not card.is_file():
         return UNKNOWN_LICENSE

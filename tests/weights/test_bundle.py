@@ -51,7 +51,7 @@ def config(**router):
                 safe_max_score=0.25,
                 informative_min_characters=200,
             ),
-            experts=dict(targets=("q", "down"), rank=2, alpha=4.0),
+            experts=dict(source="", targets=("q", "down"), rank=2, alpha=4.0),
             router=dict(
                 scope="layer",
                 granularity="token",
@@ -199,7 +199,7 @@ def edit(path, change):
         ),
         (
             lambda b: edit(b / "manifest.json", lambda m: m.update(schema_version=99)),
-            "schema version 99, this package reads 2",
+            "schema version 99, this package reads 3",
         ),
         (lambda b: edit(b / "manifest.json", lambda m: m["spec"].pop("vocab_size")), "is damaged"),
         (lambda b: edit(b / "manifest.json", lambda m: m.pop("files")), "lacks 'files'"),
