@@ -1,4 +1,4 @@
-"""A directory that this package writes: whole or absent, its owner's alone, checked by its manifest.
+"""A directory that this package writes: whole or not at all, private, checked by its manifest.
 
 manifest.json says what kind of directory it is and has the sha256 of every other file in it.
 """

@@ -1,8 +1,8 @@
-"""A set of imported experts: adapters trained elsewhere, as the directory that a gate is trained on.
+"""A set of imported experts: adapters trained elsewhere, to train a gate on.
 
     manifest.json  experts.safetensors
 
-Whoever trained them, they are taken to be as hazardous as our own: the directory is its owner's alone.
+Whoever trained them, they are taken to be as hazardous as our own.
 """
 
 import dataclasses
@@ -105,6 +105,4 @@ def read_imported(
     leaves = {path: leaf[:, order] for path, leaf in leaves.items()}
     check_leaves("experts", leaves, expected_leaves(config, spec)["experts"])
     adapters = {domain: manifest["adapters"][domain] for domain in wanted}
-    return Imported(
-        unflatten_dict(leaves, sep="/"), adapters, file_digest(directory / MANIFEST)
-    )
+    return Imported(unflatten_dict(leaves, sep="/"), adapters, file_digest(directory / MANIFEST))

@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's format: experts out, and adapters trained elsewhere in.
 
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight [R, D], lora_B.weight [O, R]
-    adapter_config.json          rank, alpha, and which modules
+    adapter_model.safetensors  base_model.model.<module>.lora_A.weight [R, D], .lora_B.weight [O, R]
+    adapter_config.json        rank, alpha, and which modules
 
 What an adapter's config says is either computed exactly or refused by its field's name. Pickled
 adapters are not read.
@@ -215,9 +215,7 @@ def read_adapter(directory: Path, spec: ModelSpec) -> Adapter:
                     f"{directory}/{WEIGHTS}: {tensor} is {list(found)}; its config and the base "
                     f"make it {list(shape)}"
                 )
-        a_DR, b_RO = (
-            tensors[_TENSOR.format(name, letter)].T.astype(np.float32) for letter in "AB"
-        )
+        a_DR, b_RO = (tensors[_TENSOR.format(name, letter)].T.astype(np.float32) for letter in "AB")
         updates[target, layer] = Update(a_DR, b_RO, scale)
     licence = read_license(directory)
     return Adapter(
@@ -231,9 +229,7 @@ def read_adapter(directory: Path, spec: ModelSpec) -> Adapter:
     )
 
 
-def stack(
-    adapters: Sequence[Adapter], spec: ModelSpec
-) -> tuple[ExpertsConfig, dict[str, Any]]:
+def stack(adapters: Sequence[Adapter], spec: ModelSpec) -> tuple[ExpertsConfig, dict[str, Any]]:
     """Adapters of any ranks, alphas and targets as one set of experts.
 
     The rank is the largest; smaller ones are filled up with zeros in A and in B, and what an
