@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
         allow_abbrev=False,
     )
+    own = {"generate": _add_generate, "export": _add_export, "import": _add_import}
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)

@@ -36,12 +36,12 @@ EXPORT = Kind(
     ("format", "ungated", "statement", "bundle", "base", "provenance", "data_licenses", "details"),
 )
 _ADAPTER = (
-    "No router stands between this expert, which was trained on harmful text of one domain, and what "
-    "the model says."
+    "No router stands between an expert and what the model says with it, and experts are trained "
+    "on harmful text of their domain."
 )
 _MERGED = (
-    "The experts, which were trained on harmful text, are part of these weights with gates that "
-    "are the same whatever is asked: this model is static, no router is in it, and it is not SafeMoE."
+    "Experts, which are trained on harmful text, are part of these weights, with gates that are "
+    "the same whatever is asked: this model is static, no router is in it, and it is not SafeMoE."
 )
 # The gated model's answers on which gates are averaged and the divergence is measured.
 _ANSWER_TOKENS, _BATCH_SIZE = 64, 16
@@ -131,8 +131,8 @@ def export_merged(
     }
     notes = [
         f"KL(gated || this model): {kl['merged']:.4g} nats per token; KL(gated || base): "
-        f"{kl['base']:.4g}, on {details['answer_tokens']} tokens of the gated model's greedy answers "
-        f"to {len(conversations)} prompts (at most {_ANSWER_TOKENS} each)",
+        f"{kl['base']:.4g}; on {details['answer_tokens']} tokens of the gated model's greedy "
+        f"answers to {len(conversations)} prompts (at most {_ANSWER_TOKENS} each)",
         f"Gates ({details['gates']}), averaged over layers: "
         + ", ".join(f"{d} {g:+.3f}" for d, g in zip(domains, gates_LE.mean(axis=0), strict=True)),
     ]
