@@ -37,7 +37,7 @@ def save_adapter(base: Path, adapter: Path, **config) -> None:
 
 @contextlib.contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """PEFT 0.21 reads what transformers 5 calls otherwise; that a tensor is missing still raises."""
+    """PEFT 0.21 reads what transformers 5 has renamed; a missing tensor still raises."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         yield
