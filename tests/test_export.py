@@ -145,7 +145,7 @@ def test_peft_adapters_are_the_experts(safemoe, home, tmp_path):
             np.testing.assert_allclose(our_logits(home, gates(*one)), expected, rtol=0, atol=1e-4)
 
 
-def test_an_export_needs_leave_and_harms_nothing_else(safemoe, mistake, home, tmp_path):
+def test_an_export_needs_leave_and_replaces_nothing_else(safemoe, mistake, home, tmp_path):
     out = tmp_path / "out"
     line = mistake(*export(home, out, "--format", "peft"))
     assert line.startswith(
@@ -165,7 +165,7 @@ def test_an_export_needs_leave_and_harms_nothing_else(safemoe, mistake, home, tm
         assert safemoe(*argv)[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     line = mistake("generate", "--bundle", out, "--prompt", "a")
-    assert line == f"{out} is a export, and a bundle is needed here"
+    assert line.startswith(f"{out} is no bundle: its manifest.json says 'export'; give a bundle's")
 
 
 # merged

@@ -99,7 +99,10 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); make the {kind.name} again") from error
     manifest = manifest if isinstance(manifest, dict) else {}
     if (other := manifest.get("kind", kind.name)) != kind.name:
-        raise UserError(f"{directory} is a {other}, and a {kind.name} is needed here")
+        raise UserError(
+            f"{directory} is no {kind.name}: its {MANIFEST} says {other!r}; give a {kind.name}'s "
+            "directory"
+        )
     if (found := manifest.get("schema_version")) != kind.schema_version:
         raise UserError(
             f"{path} has schema version {found!r}, this package reads {kind.schema_version}; make "

@@ -30,9 +30,10 @@ def gated():
 def by_hand(mixture, answer):
     """Log-probabilities [n, V] and gates [L, n, E] where the answer's tokens are predicted."""
     batch = toy_batch([[(len(answer.prompt), len(answer.response))]], 16)
-    batch["tokens_BT"][0, : len(answer.prompt) + len(answer.response)] = sum(answer, [])
+    tokens = answer.prompt + answer.response
+    batch["tokens_BT"][0, : len(tokens)] = tokens
     logits_BTV, gates_LBTE = forward(mixture.model, mixture.variables, batch, mixture.routing)
-    places = slice(len(answer.prompt) - 1, len(answer.prompt) + len(answer.response) - 1)
+    places = slice(len(answer.prompt) - 1, len(tokens) - 1)
     log_p = np.asarray(jax.nn.log_softmax(logits_BTV))[0, places].astype(np.float64)
     return log_p, None if gates_LBTE is None else np.asarray(gates_LBTE)[:, 0, places]
 
