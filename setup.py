@@ -50,7 +50,7 @@ setup(
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
         ],
-        "parity": ["torch"],
+        "parity": ["torch", "peft"],
     },
     entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},
 )
