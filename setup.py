@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.6.2",
         "gguf>=0.17",
         "huggingface_hub>=1",
+        "pyyaml>=6",
         "datasketch>=1.6",
         "scikit-learn>=1.6",
         "statsmodels>=0.14",

@@ -421,7 +421,7 @@ def _import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         domain, _, directory = text.partition("=")
         if not domain or not directory:
             raise UserError(f"--adapter {text} is no NAME=DIR; give one, like privacy=adapters/a")
-        adapters.append((domain, Path(directory)))
+        adapters.append((domain, Path(directory).expanduser()))
     import_adapters(adapters, arguments.base, arguments.out)
 
 

@@ -173,17 +173,19 @@ def import_adapters(adapters: Sequence[tuple[str, Path]], base: str, out: Path) 
     loaded = load_base(base, "bfloat16")
     read = {domain: read_adapter(path, loaded.spec) for domain, path in adapters}
     section = write_imported(out, loaded.identity, loaded.spec, read)
-    for domain, adapter in read.items():
-        origin = adapter.origin
-        console.print(
-            f"{domain}: trained on {origin.base_model_name_or_path or 'a base it does not name'}, "
-            f"licence {origin.license}, sha256 {origin.sha256[:12]}"
-        )
-    console.print(f"imported for {base}; in the experiment that trains their gate, set")
-    console.print(f"config.model.source = {base!r}")
-    console.print(f"config.data.domains = {tuple(domains)!r}")
-    for key, value in section.items():
-        console.print(f"config.experts.{key} = {value!r}")
+    said = [
+        f"{domain}: trained on {origin.base_model_name_or_path or 'a base that it does not name'}, "
+        f"licence {origin.license}, sha256 {origin.sha256[:12]}"
+        for domain, (_, origin) in read.items()
+    ]
+    said += [
+        f"imported for {base}; in the experiment that trains their gate, set",
+        f"config.model.source = {base!r}",
+        f"config.data.domains = {tuple(domains)!r}",
+        *(f"config.experts.{key} = {value!r}" for key, value in section.items()),
+    ]
+    # As it is: what others wrote is no [markup].
+    console.out("\n".join(said), highlight=False)
 
 
 def _permit(what: str, allow_ungated: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import yaml
 from flax.traverse_util import flatten_dict
 from huggingface_hub import ModelCard
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
@@ -198,11 +199,21 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
 
 
 def read_license(directory: Path) -> str:
-    """The licence that a directory's model card states, or "unknown"."""
+    """The licence that a directory's model card states, or "unknown".
+
+    Raises:
+      UserError: where there is a card whose metadata cannot be read.
+    """
     card = directory / "README.md"
     if not card.is_file():
         return UNKNOWN_LICENSE
-    return str(ModelCard.load(card).data.get("license") or UNKNOWN_LICENSE)
+    try:
+        return str(ModelCard.load(card).data.get("license") or UNKNOWN_LICENSE)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{card} has metadata that cannot be read ({reason}); correct or remove it"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
