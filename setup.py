@@ -34,6 +34,7 @@ setup(
         "pyyaml>=6",
         "gguf>=0.17",
         "huggingface_hub>=1",
+        "pyyaml>=6",
         "datasketch>=1.6",
         "scikit-learn>=1.6",
         "statsmodels>=0.14",
@@ -52,7 +53,7 @@ setup(
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
         ],
-        "parity": ["torch"],
+        "parity": ["torch", "peft"],
     },
     entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},
 )

@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     config.data.informative_min_characters = 200
 
     config.experts = ConfigDict()
+    config.experts.source = ""
     config.experts.targets = ("q", "k", "v", "o")
     config.experts.rank = 16
     config.experts.alpha = 32.0

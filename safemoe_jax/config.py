@@ -74,6 +74,18 @@ class ExpertsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsSection(ExpertsConfig):
+    """The experts and where they come from.
+
+    Attributes:
+      source: "" trains them in stage one; else a directory that `safemoe import` wrote, whose
+        targets, rank and alpha are then those to give here.
+    """
+
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class RouterConfig:
     """The router's form; every axis is a choice, since the paper's full text is not public.
 
@@ -189,7 +201,7 @@ class Config:
     seed: int
     model: ModelConfig
     data: DataConfig
-    experts: ExpertsConfig
+    experts: ExpertsSection
     router: RouterConfig
     optimizer: OptimizerConfig
     train: TrainConfigs

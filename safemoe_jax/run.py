@@ -71,10 +71,10 @@ def data(experiment: Experiment, show: int = 0) -> None:
         f"{counts['rows']} rows read, {counts['kept']} kept; dropped: {counts['dropped']}"
     )
     for split in ("train", "validation", "test"):
-        for name, examples, by_domain in (
-            ("unsafe", experiment.unsafe(split), True),
-            ("safe, informative", experiment.safe_informative(split), False),
-        ):
+        sets = [("safe, informative", experiment.safe_informative(split), False)]
+        if experiment.imported is None:
+            sets.insert(0, ("unsafe", experiment.unsafe(split), True))
+        for name, examples, by_domain in sets:
             packed = experiment.packed(examples, by_domain=by_domain)
             tokens = packed.tokens
             console.print(
@@ -89,10 +89,13 @@ def data(experiment: Experiment, show: int = 0) -> None:
 
 
 def train_experts(experiment: Experiment) -> Any:
-    """Stage one -> the experts, each as its best validation left it."""
+    """Stage one -> the experts, each as its best validation left it; imported ones as they are."""
     config, train_config = experiment.config, experiment.config.train.experts
     if experiment.workdir.bundle.exists():
         return experiment.placed("experts", _bundle(experiment).experts)
+    if experiment.imported:
+        console.print(f"experts: imported, from {config.experts.source}; none is trained")
+        return experiment.placed("experts", experiment.imported.experts)
     model, frozen = experiment.model, {"params": experiment.params}
     tx = make_optimizer(config.optimizer.experts, train_config.steps)
     rows = train_config.rows * len(config.data.domains)
@@ -108,7 +111,7 @@ def train_experts(experiment: Experiment) -> Any:
         streams=config.data.domains,
         domains=config.data.domains,
     )
-    return _train(experiment, stage, state, train_config, "experts").best.trainable
+    return _train(experiment, stage, state, train_config, "experts", {}).best.trainable
 
 
 def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
@@ -145,7 +148,9 @@ def _train_router(experiment: Experiment) -> None:
         streams=("all",),
         domains=config.data.domains,
     )
-    best = _train(experiment, stage, state, train_config, "router").best
+    imported = experiment.imported
+    made_of = {"experts": imported.sha256} if imported else {}
+    best = _train(experiment, stage, state, train_config, "router", made_of).best
     experts, router = to_host((experts, best.trainable))
     if is_first():
         write_bundle(
@@ -154,7 +159,12 @@ def _train_router(experiment: Experiment) -> None:
             config=config,
             experts=experts,
             router=router,
-            provenance={**experiment.identity, "router_step": int(best.step), "seed": config.seed},
+            provenance={
+                **experiment.identity,
+                "router_step": int(best.step),
+                "seed": config.seed,
+                **({"adapters": imported.adapters} if imported else {}),
+            },
         )
     experiment.workdir.publish()
 
@@ -175,7 +185,7 @@ def train_safe_lora(experiment: Experiment) -> Any:
         streams=("all",),
         domains=("all",),
     )
-    return _train(experiment, stage, state, train_config, SAFE_LORA).best.trainable
+    return _train(experiment, stage, state, train_config, SAFE_LORA, {}).best.trainable
 
 
 def evaluate(experiment: Experiment) -> None:
@@ -284,11 +294,14 @@ def _jitted(step, model: Transformer, tx, accumulation: int, state: TrainState):
     )
 
 
-def _train(experiment: Experiment, stage: Stage, state, train_config, name: str) -> TrainState:
+def _train(
+    experiment: Experiment, stage: Stage, state, train_config, name: str, made_of: dict[str, str]
+) -> TrainState:
+    """Trains a stage; `made_of` is what it is made of beside base and corpus."""
     checkpoints = Checkpoints(
         experiment.workdir.checkpoints(name),
         keep=train_config.keep,
-        identity=experiment.identity,
+        identity=experiment.identity | made_of,
     )
     try:
         return train(
@@ -396,10 +409,10 @@ def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:
 
 def _budget(experiment: Experiment) -> dict[str, str]:
     """Tokens with loss that each stage has seen, of those there."""
-    there = {
-        "experts": experiment.packed(experiment.unsafe("train"), by_domain=True).tokens.loss,
-        "router": _safe_sets(experiment)[0].tokens.loss,
-    }
+    there = {"router": _safe_sets(experiment)[0].tokens.loss}
+    if not experiment.config.experts.source:
+        unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
+        there = {"experts": unsafe.tokens.loss, **there}
     seen = dict.fromkeys(there, 0.0)
     for line in experiment.workdir.metrics.read_text().splitlines():
         row = json.loads(line)

@@ -51,7 +51,7 @@ def config(**router):
                 safe_max_score=0.25,
                 informative_min_characters=200,
             ),
-            experts=dict(targets=("q", "down"), rank=2, alpha=4.0),
+            experts=dict(source="", targets=("q", "down"), rank=2, alpha=4.0),
             router=dict(
                 scope="layer",
                 granularity="token",

@@ -103,3 +103,6 @@ def test_license_comes_from_the_model_card(small):
     assert load(small, "float32").license == "unknown"
     (small / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     assert load(small, "float32").license == "mit"
+    (small / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n")
+    with pytest.raises(UserError, match=r"README\.md has metadata that cannot be read \(while"):
+        load(small, "float32")
