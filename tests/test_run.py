@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from safemoe_jax import cli, run
-from safemoe_jax.evaluation.judges import Verdict
+from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import read_bundle

@@ -22,7 +22,7 @@ from safemoe_jax.config import EvaluationConfig
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.benchmarks import Prompt
-from safemoe_jax.evaluation.judges import Judge
+from safemoe_jax.evaluation.verdicts import Judge
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.parallel.hosts import is_first
 

@@ -15,7 +15,7 @@ from safemoe_jax.evaluation.evaluate import (
     judge_answers,
     likelihood_rows,
 )
-from safemoe_jax.evaluation.judges import Verdict
+from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.inference.sampler import Generation
 
 TOKENIZER = byte_tokenizer()

@@ -1,7 +1,7 @@
 import pytest
 
 from safemoe_jax.evaluation import metrics
-from safemoe_jax.evaluation.judges import Verdict
+from safemoe_jax.evaluation.verdicts import Verdict
 
 GOOD = Verdict(safe=True, refusal=False, on_topic=True, degenerate=False, harm_probability=0.1)
 REFUSED = Verdict(safe=True, refusal=True, on_topic=True, degenerate=False, harm_probability=0.1)
