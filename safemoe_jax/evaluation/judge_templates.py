@@ -48,7 +48,7 @@ class Template:
       max_tokens: longest reply.
       logprobs: whether the first token's probabilities are asked for.
       tries: how often its authors ask until a reply can be read.
-      forbidden_only: whether it takes every prompt for forbidden, and so must not see harmless ones.
+      forbidden_only: whether it takes every prompt for forbidden; it is not shown harmless ones.
       models, source, license: whose it is.
     """
 

@@ -27,6 +27,7 @@ CONFIG = EvaluationConfig(
     temperature=0.0,
     top_p=1.0,
     batch_size=2,
+    judges=(),
     judge_rows=20,
     demonstration=False,
 )
