@@ -33,7 +33,8 @@ KEY_VARIABLE = "SAFEMOE_JUDGE_API_KEY"
 _LOOPBACK_URL = "http://localhost:8000/v1"  # where vLLM listens
 _AT_ONCE = 8
 _TIMEOUT = (10, 300)  # seconds: to connect; without a byte of the reply
-_RETRIES = {"total": 6, "backoff_factor": 1}  # waits 0, 2, 4, 8, 16, 32 s, or what the server says
+# Waits 0, 2, 4, 8, 16, 32 s and up to a second more, or what the server's Retry-After says.
+_RETRIES = {"total": 6, "backoff_factor": 1, "backoff_jitter": 1}
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _ROW_REFUSED = (400, 413, 422)  # this text is too long, say; others may do
 _QUOTED = 80  # characters of a server's message; it may quote what it was sent
@@ -138,7 +139,11 @@ class EndpointJudge:
         keys = [content_key(*text, *self._identity) for text in texts]
         known = {row["key"]: row for row in read_json_lines(self.path)}
         todo = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
-        known |= self._ask_all(todo) if todo else {}
+        if todo:
+            asked, refused = self._ask_all(todo)
+            known |= asked
+            if refused and not known:
+                raise UserError(f"judge {self.name}: {self._place} refuses all texts: {refused}")
         self.unreadable = sum(
             self.endpoint.template.parse(replies) is None
             for key in dict.fromkeys(keys)
@@ -146,8 +151,10 @@ class EndpointJudge:
         )
         return [self._verdict(known.get(key)) for key in keys]
 
-    def _ask_all(self, todo: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, Any]]:
-        """Asks and keeps each reply as it comes -> rows of the file; refused texts have none."""
+    def _ask_all(
+        self, todo: Mapping[str, tuple[str, str]]
+    ) -> tuple[dict[str, dict[str, Any]], str]:
+        """Asks and keeps each reply as it comes -> rows of the file, and why texts have none."""
         rows, refused = {}, ""
         # Its threads are daemons: Ctrl-C need not wait for a reply.
         with ThreadPool(min(_AT_ONCE, len(todo))) as pool:
@@ -159,13 +166,11 @@ class EndpointJudge:
                 append_json(self.path, row)
                 rows[row["key"]] = row
         if refused:
-            if not rows:
-                raise UserError(f"judge {self.name}: {self._place} refuses all texts: {refused}")
             console.print(
                 f"judge {self.name}: {len(todo) - len(rows)} of {len(todo)} texts were refused, "
                 f"as: {refused}"
             )
-        return rows
+        return rows, refused
 
     def _ask(self, item: tuple[str, tuple[str, str]]) -> dict[str, Any]:
         key, (prompt, answer) = item
@@ -262,7 +267,6 @@ def _session(endpoint: Endpoint) -> requests.Session:
         status_forcelist=_RETRIED,
         allowed_methods=None,  # a judgement may be asked for twice
         raise_on_status=False,
-        backoff_jitter=1,
     )
     adapter = requests.adapters.HTTPAdapter(pool_maxsize=_AT_ONCE, max_retries=retry)
     session.mount("http://", adapter)

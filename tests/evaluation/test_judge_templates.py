@@ -23,17 +23,27 @@ ANSWER = "Put it in water, 100 % of it.\nWait {seven} minutes. \\o/"
 # sha256 of what the sources' own constants, substituted by the sources' own means (str.format,
 # string.Template, the % operator), make of this pair; of ShieldGemma's four, in order.
 RENDERED = {
-    "harmbench": ["f1e0c78efe2450223e37847066398ee79518f33b30418c68f5efc7df5f6d82c6"],
-    "llama_guard_3": ["768d8fdc84c3ce51a057f7133984aac3b4c245c9306525108c6b1f1eb0f790de"],
-    "policy_rubric": ["0732d30af721c6e8bf7f2061ba894e5682568fc71b17992bdfdab7e671f612b7"],
+    "harmbench": [
+        "f1e0c78efe2450223e37847066398ee79518f33b30418c68f5efc7df5f6d82c6",
+    ],
+    "llama_guard_3": [
+        "768d8fdc84c3ce51a057f7133984aac3b4c245c9306525108c6b1f1eb0f790de",
+    ],
+    "policy_rubric": [
+        "0732d30af721c6e8bf7f2061ba894e5682568fc71b17992bdfdab7e671f612b7",
+    ],
     "shieldgemma": [
         "f893b5310772a7f7c7b871fc000a0db38b799656fb3505695f2038b5d516180b",
         "e09bdf7a75a7d9c4a7bde1fa669e74edfe6fbeb18c20d114453ebddb661cd25e",
         "52406186766cd0423ea0f7f93563a6e7a39baaaa97cf5ce1261298cdb8e86f72",
         "598d3cbb58ec179eb076984f3b2d885996e9baab7dd70d2160e62f812f9ee726",
     ],
-    "strongreject": ["01eb19b3e4ddb6efee853e557730aa0b6611dbd2c7cc414ae10cf56b890fbb98"],
-    "wildguard": ["0d14b99470d6dff970493b7d367c56b3312d37e2e88b0e9ffea221af8de62993"],
+    "strongreject": [
+        "01eb19b3e4ddb6efee853e557730aa0b6611dbd2c7cc414ae10cf56b890fbb98",
+    ],
+    "wildguard": [
+        "0d14b99470d6dff970493b7d367c56b3312d37e2e88b0e9ffea221af8de62993",
+    ],
 }
 
 
