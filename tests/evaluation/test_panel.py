@@ -173,12 +173,7 @@ def results():
     return {
         "judge": {
             "name": "embedded",
-            "harm": {
-                "held-out answers": 150,
-                "kappa": 0.41,
-                "Brier": 0.2,
-                "table": [[1, 2], [3, 4]],
-            },
+            "harm": {"held-out answers": 150, "kappa": 0.41, "Brier": 0.2, "table": table},
         },
         "panel": {
             "judges": [

@@ -268,7 +268,7 @@ def test_further_judges_are_named_with_what_they_say_and_how_they_agree(tmp_path
     text = Page(html).words
     assert "Judges: embedded, wildguard (org/guard), human." in text
     assert "Embedded judge only" not in text
-    assert "human embedded on topic 9 0.50 2 1 1 5 –" in text
+    assert "human embedded on topic 9 0.50 2 1 1 5" in text
     assert "70 answers; 2 without a verdict, 1 replies could not be read." in text
     said = html[html.index("What wildguard says") : html.index('id="likelihood"')]
     assert "base 62.5" in Page(said).words
