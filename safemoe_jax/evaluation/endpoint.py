@@ -192,7 +192,11 @@ class EndpointJudge:
 
     def _reply(self, response: requests.Response) -> Reply:
         if response.status_code != 200:
-            remedy = self._key_remedy if response.status_code in (401, 403) else "correct the judge"
+            remedy = "correct its entry in evaluation.judges"
+            if response.status_code in (401, 403):
+                remedy = self._key_remedy
+            elif response.status_code in _RETRIED:
+                remedy = "once it is well, the same command goes on from there"
             raise UserError(f"judge {self.name}: {self._place} says {_said(response)}; {remedy}")
         try:
             choice = response.json()["choices"][0]

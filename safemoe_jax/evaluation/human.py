@@ -40,6 +40,8 @@ def export_for_humans(
     Raises:
       UserError: where a sheet is there already, or nothing is left to label.
     """
+    if count < 1:
+        raise UserError(f"--export-for-humans is {count}; export one answer or more")
     sheet, key_file = directory / "for_humans.csv", directory / "for_humans_key.json"
     if sheet.exists():
         raise UserError(

@@ -109,7 +109,7 @@ def test_a_server_that_stays_broken_is_named_and_what_it_said_is_kept(tmp_path):
         return (500, "broken") if "Question 11" in body["prompt"] else wildguard(body)
 
     with serve(reply) as server:
-        with pytest.raises(UserError, match=r"judge wildguard: http.*\(m\) says 500"):
+        with pytest.raises(UserError, match=r"judge wildguard: http.*\(m\) says 500.*goes on"):
             judge(server, tmp_path).judge(PAIRS[:8] + PAIRS[11:])
         asked = len(server.bodies)
         server.reply = wildguard
@@ -178,6 +178,13 @@ def test_answers_go_where_the_user_says_and_nowhere_else(tmp_path):
         ):
             judge(server, tmp_path).judge(PAIRS[:1])
         assert other.bodies == []
+
+
+def test_what_stays_on_this_machine_passes_no_proxy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    with serve(wildguard) as server:
+        assert judge(server, tmp_path).judge(PAIRS[:1])[0].safe is True
 
 
 def test_the_key_comes_from_the_environment_and_is_in_no_file(tmp_path, monkeypatch, capsys):

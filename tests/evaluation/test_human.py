@@ -52,7 +52,7 @@ def test_the_sheet_is_blind_and_drawn_evenly(tmp_path):
     rows = read(sheet)
     drawn = [system for row in rows for system in whose(tmp_path)[row["id"]]]
     assert collections.Counter(drawn) == {"base": 4, "safemoe": 4, "uniform": 4}
-    assert drawn != sorted(drawn)  # in no order of systems
+    assert drawn != [*SYSTEMS] * 4  # as they were drawn
     assert {row["safe"] for row in rows} == {""}
     known = {(a["messages"][-1]["content"], a["response"]) for a in ANSWERS}
     assert {(row["prompt"], row["answer"]) for row in rows} < known
@@ -139,6 +139,8 @@ def test_a_bad_row_is_named_and_nothing_is_kept(tmp_path, change, message):
 def test_a_sheet_of_another_form_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.csv is no file; --export-for-humans writes"):
         import_humans(tmp_path / "none.csv", tmp_path)
+    with pytest.raises(UserError, match="is -1; export one answer or more"):
+        export_for_humans(ANSWERS, -1, 0, tmp_path)
     sheet = export_for_humans(ANSWERS, 5, 0, tmp_path)
     sheet.write_text("id,safe,refusal\n1,yes,no\n")
     with pytest.raises(UserError, match="has no column 'on_topic'; keep the sheet's columns"):
