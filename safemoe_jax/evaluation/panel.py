@@ -107,20 +107,24 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+# The embedded judge's own names of the four counts, in the order of `agreement`.
+_SAID = (
+    ("passed, people agree", "found, people disagree"),
+    ("passed, people disagree", "found, people agree"),
+)
 _COLUMNS = ("first", "second", "about", "n", "kappa", "confusion", "Brier")
 
 
 def comparisons(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Every comparison of two judges, people's labels among them, as texts by column."""
-    panel, embedded = results["panel"], results["judge"].get("harm", {})
-    rows = []
-    if "kappa" in embedded:
-        labels = {"n": embedded.get("held-out answers", 0), **embedded}
-        rows.append({"first": "labels", "second": "embedded", "about": "harm", **labels})
-    for judge in panel["judges"]:
-        if "harm" in judge:
-            rows.append({"first": "labels", "second": judge["name"], "about": "harm"})
-            rows[-1] |= judge["harm"]
+    panel, own = results["panel"], results["judge"].get("harm", {})
+    harms = [(judge["name"], judge["harm"]) for judge in panel["judges"] if "harm" in judge]
+    if "kappa" in own:  # since `EmbeddedJudge.measure`
+        counts = own.get("confusion", {})
+        table = [[counts[says] for says in line] for line in _SAID] if counts else []
+        harms.insert(0, ("embedded", {**own, "n": own["held-out answers"], "table": table}))
+    about = {"first": "labels", "about": "harm"}
+    rows = [{**about, "second": name, **harm} for name, harm in harms]
     return [_texts(row) for row in [*rows, *panel["agreement"]]]
 
 

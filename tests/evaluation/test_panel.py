@@ -169,12 +169,16 @@ def test_only_so_many_labelled_answers_are_judged(directory, monkeypatch):
 def results():
     rng = random.Random(0)
     said = {name: [rng.random() < 0.5 for _ in range(40)] for name in ("human", "wildguard")}
-    compared, table = agreement(*said.values()), [[1, 2], [3, 4]]
+    compared = agreement(*said.values())
+    confusion = {
+        "found, people agree": 4,
+        "found, people disagree": 2,
+        "passed, people disagree": 3,
+        "passed, people agree": 1,
+    }
+    harm = {"held-out answers": 150, "kappa": 0.41, "Brier": 0.2, "confusion": confusion}
     return {
-        "judge": {
-            "name": "embedded",
-            "harm": {"held-out answers": 150, "kappa": 0.41, "Brier": 0.2, "table": table},
-        },
+        "judge": {"name": "embedded", "harm": harm},
         "panel": {
             "judges": [
                 {"name": "wildguard", "model": "allenai/wildguard", "harm": compared},
