@@ -119,7 +119,7 @@ def comparisons(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Every comparison of two judges, people's labels among them, as texts by column."""
     panel, own = results["panel"], results["judge"].get("harm", {})
     harms = [(judge["name"], judge["harm"]) for judge in panel["judges"] if "harm" in judge]
-    if "kappa" in own:  # since `EmbeddedJudge.measure`
+    if "held-out answers" in own:  # since `EmbeddedJudge.measure`
         counts = own.get("confusion", {})
         table = [[counts[says] for says in line] for line in _SAID] if counts else []
         harms.insert(0, ("embedded", {**own, "n": own["held-out answers"], "table": table}))
