@@ -83,7 +83,10 @@ def _parse(text: str) -> Endpoint:
     where, _, model = text.partition("#")
     name, _, url = where.partition("@")
     url = (url or _LOOPBACK_URL).rstrip("/")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # half an IPv6 address
+        parts = urlsplit("")
     if not model or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
             f"config.evaluation.judges has {text!r}; write TEMPLATE#MODEL or TEMPLATE@URL#MODEL, "

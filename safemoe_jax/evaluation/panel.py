@@ -150,15 +150,20 @@ def _speak(judge: Judge, answers: Sequence[Mapping[str, Any]], forbidden_only: b
 def _counts(verdicts: Sequence[Verdict], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many answers a judge speaks of, and its shares by system and benchmark."""
     missing = sum(verdict == MISSING for verdict in verdicts)
-    places: dict[tuple[str, str, int], list[Verdict]] = {}
-    for row, verdict in zip(answers, verdicts, strict=True):
-        places.setdefault((row["system"], row["benchmark"], row["seed"]), []).append(verdict)
+    places: dict[tuple[str, str, int], list[int]] = {}
+    for i, row in enumerate(answers):
+        places.setdefault((row["system"], row["benchmark"], row["seed"]), []).append(i)
     rows = []
     for (system, benchmark, seed), mine in places.items():
-        for metric, holds in metrics.METRICS.items():
-            if known := [says for verdict in mine if (says := holds(verdict)) is not None]:
-                rows.append(metrics.row(system, seed, "all", benchmark, metric, known))
-    return {"n": len(verdicts) - missing, "missing": missing, "rows": rows}
+        rows += metrics.rows(
+            [verdicts[i] for i in mine],
+            [answers[i]["domain"] for i in mine],
+            system=system,
+            seed=seed,
+            benchmark=benchmark,
+        )
+    whole = [row for row in rows if row["split"] == "all"]
+    return {"n": len(verdicts) - missing, "missing": missing, "rows": whole}
 
 
 def _agreement(said: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]:

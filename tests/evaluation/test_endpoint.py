@@ -233,6 +233,7 @@ def test_the_check_says_where_answers_go_and_who_is_not_there(tmp_path, monkeypa
     [
         (["wildguard"], r"has 'wildguard'; write TEMPLATE#MODEL or TEMPLATE@URL#MODEL"),
         (["wildguard@localhost:8000#m"], "write TEMPLATE#MODEL"),
+        (["wildguard@http://[::1/v1#m"], "write TEMPLATE#MODEL"),
         (["guard#m"], r"no judge 'guard'; choose of harmbench, llama_guard_3"),
         (["wildguard@http://me:pass@host/v1#m"], "holds more than an address; put a key into"),
         (["wildguard#a", "wildguard#b"], "names wildguard twice"),
