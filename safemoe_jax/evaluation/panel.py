@@ -67,7 +67,8 @@ def hear(
     if (directory / "human.jsonl").exists():
         human = HumanJudge(directory)
         said[human.name] = _speak(human, answers, False)
-        judges.append({"name": human.name, **_counts(said[human.name], answers)})
+        counts = _counts(said[human.name], answers)
+        judges.append({"name": human.name, "model": "", "source": "", "unreadable": 0, **counts})
     others = [name for name in said if name != "embedded"]
     if any("verdicts" in answer for answer in answers) or others:
         rows = [
@@ -81,7 +82,7 @@ def hear(
 def names(results: Mapping[str, Any]) -> str:
     """Who judged, for a caption."""
     others = [
-        f"{judge['name']} ({judge['model']})" if "model" in judge else judge["name"]
+        f"{judge['name']} ({judge['model']})" if judge["model"] else judge["name"]
         for judge in results["panel"]["judges"]
     ]
     return f"Judges: embedded, {', '.join(others)}." if others else "Embedded judge only."

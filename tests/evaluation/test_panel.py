@@ -182,7 +182,7 @@ def results():
         "panel": {
             "judges": [
                 {"name": "wildguard", "model": "allenai/wildguard", "harm": compared},
-                {"name": "human"},
+                {"name": "human", "model": ""},
             ],
             "agreement": [{"first": "human", "second": "wildguard", "about": "safe", **compared}],
         },

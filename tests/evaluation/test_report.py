@@ -257,7 +257,7 @@ def test_further_judges_are_named_with_what_they_say_and_how_they_agree(tmp_path
     judge = {"name": "wildguard", "model": "org/guard", "source": "the authors' own", "n": 70}
     judge |= {"missing": 2, "unreadable": 1, "rows": [rate("base", "srr", 0.625)]}
     result["panel"] = {
-        "judges": [judge, {"name": "human", "n": 9, "missing": 63, "rows": []}],
+        "judges": [judge, judge | {"name": "human", "model": "", "source": "", "unreadable": 0}],
         "agreement": [
             {"first": "human", "second": "embedded", "about": "on_topic", "n": 9, "kappa": 0.5,
              "table": [[2, 1], [1, 5]]},
@@ -270,8 +270,10 @@ def test_further_judges_are_named_with_what_they_say_and_how_they_agree(tmp_path
     assert "Embedded judge only" not in text
     assert "human embedded on topic 9 0.50 2 1 1 5" in text
     assert "70 answers; 2 without a verdict, 1 replies could not be read." in text
-    said = html[html.index("What wildguard says") : html.index('id="likelihood"')]
+    said = html[html.index("What wildguard says") : html.index("What human says")]
     assert "base 62.5" in Page(said).words
+    said = html[html.index("What human says") : html.index('id="likelihood"')]
+    assert "70 answers; 2 without a verdict. held out" in Page(said).words
     caption = " ".join(render(result).split())
     assert "Judges: embedded, wildguard (org/guard), human." in caption
 
