@@ -154,7 +154,7 @@ def test_sheets_for_people_reach_their_stage(safemoe, home, tmp_path, monkeypatc
     monkeypatch.setattr(run, "evaluate", lambda _, *sheets: asked.append(sheets))
     argv = ("evaluate", "--config", home / "tiny.py", "--workdir", tmp_path)
     for sheets in ((), ("--export-for-humans", "7"), ("--import-humans", "labels.csv")):
-        assert safemoe(*argv, *sheets) == 0
+        assert safemoe(*argv, *sheets) == (0, "", "")
     assert asked == [(None, 0), (None, 7), (Path("labels.csv"), 0)]
 
 
