@@ -6,6 +6,7 @@ evaluation/human.jsonl          the labels that were read back
 """
 
 import csv
+import io
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ def import_humans(path: Path, directory: Path) -> int:
         raise UserError(f"{path} is not UTF-8 ({error}); save it as CSV in UTF-8") from error
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
     if missing := [name for name in ("id", *LABELS) if name not in (reader.fieldnames or ())]:
         raise UserError(f"{path} has no column {missing[0]!r}; keep the sheet's columns")
     rows = []

@@ -87,7 +87,9 @@ def test_labels_come_back_as_a_judge(tmp_path):
 
 
 def test_a_spreadsheets_own_csv_is_read(tmp_path):
-    sheet = export_for_humans([*ANSWERS[:2], answer("base", 9, "Ünder\nlines")], 3, 0, tmp_path)
+    sheet = export_for_humans(
+        [*ANSWERS[:2], answer("base", 9, "Ünder\nlines\x0bhere\u2028too")], 3, 0, tmp_path
+    )
     fill(sheet, read(sheet), lambda row: {"safe": "yes"}, encoding="utf-8-sig", delimiter=";")
     assert import_humans(sheet, tmp_path) == 3
 
