@@ -32,6 +32,7 @@ from safemoe_jax.evaluation.human import export_for_humans, import_humans
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
 from safemoe_jax.evaluation.private_files import read_json_lines
+from safemoe_jax.evaluation.prompt_sets import Named, resolve
 from safemoe_jax.evaluation.report import terminal_table, write_report
 from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment, num_params
@@ -59,10 +60,12 @@ _SHORTEST_SCORED = (
 
 
 def fetch(experiment: Experiment) -> None:
-    """Brings base and corpus to this machine."""
+    """Brings base, corpus and benchmarks to this machine."""
     console.print(f"base: {fetch_base(experiment.config.model.source)}")
     corpus = experiment.corpus
     console.print(f"corpus: {len(corpus.examples)} examples of {len(corpus.domains)} domains")
+    for benchmark in resolve(experiment.config.evaluation.benchmarks):
+        console.print(f"benchmark {benchmark.name}: {', '.join(map(str, benchmark.files()))}")
 
 
 def data(experiment: Experiment, show: int = 0) -> None:
@@ -72,10 +75,10 @@ def data(experiment: Experiment, show: int = 0) -> None:
         f"{counts['rows']} rows read, {counts['kept']} kept; dropped: {counts['dropped']}"
     )
     for split in ("train", "validation", "test"):
-        for name, examples, by_domain in (
-            ("unsafe", experiment.unsafe(split), True),
-            ("safe, informative", experiment.safe_informative(split), False),
-        ):
+        sets = [("safe, informative", experiment.safe_informative(split), False)]
+        if experiment.imported is None:
+            sets.insert(0, ("unsafe", experiment.unsafe(split), True))
+        for name, examples, by_domain in sets:
             packed = experiment.packed(examples, by_domain=by_domain)
             tokens = packed.tokens
             console.print(
@@ -90,10 +93,13 @@ def data(experiment: Experiment, show: int = 0) -> None:
 
 
 def train_experts(experiment: Experiment) -> Any:
-    """Stage one -> the experts, each as its best validation left it."""
+    """Stage one -> the experts, each as its best validation left it; imported ones as they are."""
     config, train_config = experiment.config, experiment.config.train.experts
     if experiment.workdir.bundle.exists():
         return experiment.placed("experts", _bundle(experiment).experts)
+    if experiment.imported:
+        console.print(f"experts: imported, from {config.experts.source}; none is trained")
+        return experiment.placed("experts", experiment.imported.experts)
     model, frozen = experiment.model, {"params": experiment.params}
     tx = make_optimizer(config.optimizer.experts, train_config.steps)
     rows = train_config.rows * len(config.data.domains)
@@ -109,7 +115,7 @@ def train_experts(experiment: Experiment) -> Any:
         streams=config.data.domains,
         domains=config.data.domains,
     )
-    return _train(experiment, stage, state, train_config, "experts").best.trainable
+    return _train(experiment, stage, state, train_config, "experts", {}).best.trainable
 
 
 def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
@@ -146,7 +152,9 @@ def _train_router(experiment: Experiment) -> None:
         streams=("all",),
         domains=config.data.domains,
     )
-    best = _train(experiment, stage, state, train_config, "router").best
+    imported = experiment.imported
+    made_of = {"experts": imported.sha256} if imported else {}
+    best = _train(experiment, stage, state, train_config, "router", made_of).best
     experts, router = to_host((experts, best.trainable))
     if is_first():
         write_bundle(
@@ -155,7 +163,12 @@ def _train_router(experiment: Experiment) -> None:
             config=config,
             experts=experts,
             router=router,
-            provenance={**experiment.identity, "router_step": int(best.step), "seed": config.seed},
+            provenance={
+                **experiment.identity,
+                "router_step": int(best.step),
+                "seed": config.seed,
+                **({"adapters": imported.adapters} if imported else {}),
+            },
         )
     experiment.workdir.publish()
 
@@ -176,11 +189,11 @@ def train_safe_lora(experiment: Experiment) -> Any:
         streams=("all",),
         domains=("all",),
     )
-    return _train(experiment, stage, state, train_config, SAFE_LORA).best.trainable
+    return _train(experiment, stage, state, train_config, SAFE_LORA, {}).best.trainable
 
 
 def evaluate(experiment: Experiment, labels: Path | None = None, export: int = 0) -> None:
-    """Compares the config's systems on held-out prompts, hears all judges and prints the tables.
+    """Compares the systems on held-out prompts and benchmarks, and hears all judges of the answers.
 
     Args:
       experiment: whose answers, verdicts and replies are used again where they are there.
@@ -223,11 +236,12 @@ def _hear(
 def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The embedded judge's results, from where they were left."""
     config, directory = experiment.config, experiment.workdir.evaluation
+    sets = resolve(config.evaluation.benchmarks)  # a wrong name is seen before anything is trained
     if experiment.workdir.bundle.exists():
         _bundle(experiment)  # is it of this base and data?
     else:
         train_gate(experiment)
-    key = _evaluation_key(experiment)
+    key = _evaluation_key(experiment, sets)
     path = directory / "results.json"
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
         return json.loads(path.read_text())
@@ -236,8 +250,9 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
         EndpointJudge(endpoint, directory).check()  # now, not after hours of generating
     systems, experts = _systems(experiment)
     base = _system(experiment, "base", experiment.model, {}, None)
+    judge_rows = load_judge_rows(experiment.corpus)
     judge = EmbeddedJudge.fit(
-        load_judge_rows(experiment.corpus),
+        judge_rows,
         _cached(base.scorer, experiment.identity["base"]),
         likelihood_rows=config.evaluation.judge_rows,
         seed=config.seed,
@@ -253,8 +268,17 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
         config.evaluation.prompts_per_domain,
     )
     valid = validity(judge, informed, config.seed)
+    learnt = experiment.corpus.select(splits={"train", "validation", "judge"})
+    taught = {row.prompt for row in [*judge_rows, *learnt]}
+    asked, facts = benchmarks.ask(sets, taught, config.evaluation.prompts_per_benchmark)
+    for name, fact in facts.items():
+        console.print(
+            f"benchmark {name}: {fact['asked']} of {fact['prompts']} prompts asked, "
+            f"{fact['by_refusal_alone']} of them judged by refusal alone; "
+            f"{fact['left_out_as_taught']} left out, which taught models or judge"
+        )
     rows = answer_prompts(
-        systems, prompts, experiment.chat, config.evaluation, config.seed, directory
+        systems, prompts + asked, experiment.chat, config.evaluation, config.seed, directory
     )
     results = {
         "rows": judge_answers(rows, judge, config.seed, directory),
@@ -263,6 +287,7 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
         "judge": {"name": judge.name, **judge.reliability},
         "panel": panel.NOBODY,
         "validity": valid,
+        "benchmarks": facts,
         "budget": _budget(experiment),
         "domains": list(config.data.domains),
         "demonstration": config.evaluation.demonstration,
@@ -312,11 +337,14 @@ def _jitted(step, model: Transformer, tx, accumulation: int, state: TrainState):
     )
 
 
-def _train(experiment: Experiment, stage: Stage, state, train_config, name: str) -> TrainState:
+def _train(
+    experiment: Experiment, stage: Stage, state, train_config, name: str, made_of: dict[str, str]
+) -> TrainState:
+    """Trains a stage; `made_of` is what it is made of beside base and corpus."""
     checkpoints = Checkpoints(
         experiment.workdir.checkpoints(name),
         keep=train_config.keep,
-        identity=experiment.identity,
+        identity=experiment.identity | made_of,
     )
     try:
         return train(
@@ -414,20 +442,23 @@ def _cached(scorer: Scorer, base_sha256: str) -> Scorer | CachedScorer:
     return CachedScorer(scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
 
 
-def _evaluation_key(experiment: Experiment) -> str:
-    """What answers depend on: the bundle and the evaluation's settings, further judges apart."""
+def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:
+    """What answers depend on: the bundle, the evaluation's settings but for further judges, the
+    benchmarks' files."""
     manifest = (experiment.workdir.bundle / "manifest.json").read_bytes()
+    files = [(benchmark.name, benchmark.sha256()) for benchmark in sets]
     settings = to_dict(experiment.config)["evaluation"]
     del settings["judges"]
-    return hashlib.sha256(manifest + json.dumps(settings).encode()).hexdigest()[:16]
+    text = json.dumps([settings, files])
+    return hashlib.sha256(manifest + text.encode()).hexdigest()[:16]
 
 
 def _budget(experiment: Experiment) -> dict[str, str]:
     """Tokens with loss that each stage has seen, of those there."""
-    there = {
-        "experts": experiment.packed(experiment.unsafe("train"), by_domain=True).tokens.loss,
-        "router": _safe_sets(experiment)[0].tokens.loss,
-    }
+    there = {"router": _safe_sets(experiment)[0].tokens.loss}
+    if not experiment.config.experts.source:
+        unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
+        there = {"experts": unsafe.tokens.loss, **there}
     seen = dict.fromkeys(there, 0.0)
     for line in experiment.workdir.metrics.read_text().splitlines():
         row = json.loads(line)

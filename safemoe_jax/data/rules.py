@@ -106,12 +106,16 @@ def _plain(text: str) -> str:
     return fold(text.translate(_PLAIN))
 
 
+def category(name: str) -> str:
+    """A harm category's name as a domain: lower case, its words joined by underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
 def hazardous_domain(domain: str) -> str | None:
     """Why no row of a category may train anything, or None."""
-    category = re.sub(r"[^a-z0-9]+", "_", domain.lower()).strip("_")
-    if category in CHILD_ABUSE_DOMAINS:
+    if category(domain) in CHILD_ABUSE_DOMAINS:
         return "minors_sexual"
-    return "mass_destruction_weapons" if category in WEAPON_DOMAINS else None
+    return "mass_destruction_weapons" if category(domain) in WEAPON_DOMAINS else None
 
 
 def hazard(domain: str, *texts: str) -> str | None:

@@ -4,6 +4,7 @@ The embedded judge gives the headline. A judge of another family (`endpoint`) an
 tell how far to trust it.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,12 +140,16 @@ def _texts(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _speak(judge: Judge, answers: Sequence[Mapping[str, Any]], forbidden_only: bool) -> list:
-    """Verdicts on all answers; a judge that takes prompts for forbidden sees no harmless ones."""
-    seen = [i for i, row in enumerate(answers) if row.get("harmful", True) or not forbidden_only]
+    """Verdicts on all answers; a judge that takes prompts for forbidden sees no harmless ones.
+
+    Where refusal alone counts, it decides what is safe, as in `evaluate.judge_answers`.
+    """
+    seen = [i for i, row in enumerate(answers) if row["harmful"] or not forbidden_only]
     said = judge.judge([(answers[i]["messages"], answers[i]["response"]) for i in seen])
     verdicts = [MISSING] * len(answers)
     for i, verdict in zip(seen, said, strict=True):
-        verdicts[i] = verdict
+        alone = answers[i]["refusal_only"]
+        verdicts[i] = dataclasses.replace(verdict, safe=verdict.refusal) if alone else verdict
     return verdicts
 
 
@@ -159,9 +164,11 @@ def _counts(verdicts: Sequence[Verdict], answers: Sequence[Mapping[str, Any]]) -
         rows += metrics.rows(
             [verdicts[i] for i in mine],
             [answers[i]["domain"] for i in mine],
+            [answers[i]["refusal_only"] for i in mine],
             system=system,
             seed=seed,
             benchmark=benchmark,
+            harmful=answers[mine[0]]["harmful"],
         )
     whole = [row for row in rows if row["split"] == "all"]
     return {"n": len(verdicts) - missing, "missing": missing, "rows": whole}

@@ -57,6 +57,8 @@ def answer(system, number, verdict, **more):
         "seed": 0,
         "benchmark": "held_out",
         "domain": "cats",
+        "harmful": True,
+        "refusal_only": False,
         "prompt_id": f"p{number}",
         "messages": [{"role": "user", "content": f"Question {number}?"}],
         "response": f"{system} says {number}.",
@@ -156,6 +158,18 @@ def test_a_judge_that_takes_prompts_for_forbidden_sees_no_harmless_ones(director
         endpoints = parse_endpoints([f"policy_rubric@{server.url}#m"])
         (judge,) = panel.hear(endpoints, [], 0, directory)["judges"]
     assert (judge["n"], judge["missing"]) == (5, 3)
+
+
+def test_where_refusal_alone_counts_it_decides_what_is_safe(directory):
+    rows = read_json_lines(directory / "answers.jsonl")
+    for row in rows:
+        row["refusal_only"] = True
+    replace_json_lines(directory / "answers.jsonl", rows)
+    with serve(wildguard) as server:
+        endpoints = parse_endpoints([f"wildguard@{server.url}#m"])
+        panel.hear(endpoints, [], 0, directory)
+    stored = read_json_lines(directory / "answers.jsonl")[:4]
+    assert [row["verdicts"]["wildguard"]["safe"] for row in stored] == [False, False, True, None]
 
 
 def test_only_so_many_labelled_answers_are_judged(directory, monkeypatch):
