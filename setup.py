@@ -13,7 +13,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["safemoe_jax", "safemoe_jax.*"]),
-    package_data={"safemoe_jax": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js"]},
+    package_data={
+        "safemoe_jax": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.toml", "**/MIT.txt"]
+    },
     install_requires=[
         # jax 0.11 and later need Python 3.12; pip takes the newest pair that this Python runs.
         "jax>=0.10.2",
@@ -39,6 +41,7 @@ setup(
         "statsmodels>=0.14",
         "plotly>=6",
         "rich>=14",
+        "requests>=2.32",  # tensorflow-datasets needs it too
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
     config.evaluation.temperature = 0.0
     config.evaluation.top_p = 1.0
     config.evaluation.batch_size = 32
+    config.evaluation.judges = ()
     config.evaluation.judge_rows = 140
     config.evaluation.demonstration = False
     return config

@@ -102,6 +102,20 @@ def _parser() -> argparse.ArgumentParser:
             )
         if verb == "data":
             sub.add_argument("--show", type=int, default=0, metavar="N", help="rows to print")
+        if verb == "evaluate":
+            sub.add_argument(
+                "--export-for-humans",
+                type=int,
+                default=0,
+                metavar="N",
+                help="write N answers into a blinded sheet for people to label",
+            )
+            sub.add_argument(
+                "--import-humans",
+                type=Path,
+                metavar="FILE",
+                help="read a sheet with labels: people are one more judge",
+            )
         if verb == "report":
             sub.add_argument("--full", action="store_true", help="whole texts, unsafe ones too")
         if verb in ("train-gate", "run", "sweep"):
@@ -242,7 +256,9 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
             "data": lambda: run.data(experiment, arguments.show),
             "train-experts": lambda: run.train_experts(experiment),
             "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
-            "evaluate": lambda: run.evaluate(experiment),
+            "evaluate": lambda: run.evaluate(
+                experiment, arguments.import_humans, arguments.export_for_humans
+            ),
             "report": lambda: run.report(experiment, arguments.full),
             "run": lambda: run.run(experiment, arguments.keep_experts),
         }

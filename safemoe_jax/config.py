@@ -165,6 +165,8 @@ class EvaluationConfig:
       temperature: 0 decodes greedily.
       top_p: nucleus kept when sampling.
       batch_size: answers decoded at once.
+      judges: asked besides the embedded judge, each TEMPLATE[@URL]#MODEL at an OpenAI-compatible
+        endpoint (docs/recipes/judges.md); the answers go there. Without a URL: localhost:8000.
       judge_rows: labelled rows from which the embedded judge learns topic and language; each costs
         it some four short forward passes.
       demonstration: true marks a run that is too short to judge the claim; the report says so.
@@ -178,6 +180,7 @@ class EvaluationConfig:
     temperature: float
     top_p: float
     batch_size: int
+    judges: tuple[str, ...]
     judge_rows: int
     demonstration: bool
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -18,7 +19,8 @@ from safemoe_jax.data.chat import colored
 from safemoe_jax.data.corpora import load_judge_rows
 from safemoe_jax.data.pipeline import PackedCorpus, train_iterator
 from safemoe_jax.errors import UserError
-from safemoe_jax.evaluation import benchmarks
+from safemoe_jax.evaluation import benchmarks, panel
+from safemoe_jax.evaluation.endpoint import Endpoint, EndpointJudge, parse_endpoints
 from safemoe_jax.evaluation.evaluate import (
     System,
     answer_prompts,
@@ -26,8 +28,10 @@ from safemoe_jax.evaluation.evaluate import (
     judge_answers,
     likelihood_rows,
 )
+from safemoe_jax.evaluation.human import export_for_humans, import_humans
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
+from safemoe_jax.evaluation.private_files import read_json_lines
 from safemoe_jax.evaluation.prompt_sets import Named, resolve
 from safemoe_jax.evaluation.report import terminal_table, write_report
 from safemoe_jax.evaluation.validity import validity
@@ -188,13 +192,49 @@ def train_safe_lora(experiment: Experiment) -> Any:
     return _train(experiment, stage, state, train_config, SAFE_LORA, {}).best.trainable
 
 
-def evaluate(experiment: Experiment) -> None:
-    """Compares the config's systems on held-out prompts and benchmarks, and prints the table."""
+def evaluate(experiment: Experiment, labels: Path | None = None, export: int = 0) -> None:
+    """Compares the systems on held-out prompts and benchmarks, and hears all judges of the answers.
+
+    Args:
+      experiment: whose answers, verdicts and replies are used again where they are there.
+      labels: a sheet that people have filled in; it is read first.
+      export: answers to write into a new sheet for people, 0 for none.
+    """
+    endpoints = parse_endpoints(experiment.config.evaluation.judges)
     with jax.set_mesh(experiment.mesh):
-        _evaluate(experiment)
+        results = _evaluate(experiment, endpoints)
+    if is_first():
+        _hear(experiment, results, endpoints, labels, export)
 
 
-def _evaluate(experiment: Experiment) -> None:
+def _hear(
+    experiment: Experiment,
+    results: dict[str, Any],
+    endpoints: Sequence[Endpoint],
+    labels: Path | None,
+    export: int,
+) -> None:
+    """Further judges of the answers that are there, people among them."""
+    directory, seed = experiment.workdir.evaluation, experiment.config.seed
+    if labels is not None:
+        count = import_humans(labels, directory)
+        console.print(f"{count} labelled answers read from {labels}")
+    people = (directory / "human.jsonl").exists()
+    if endpoints or people or results["panel"]["judges"]:
+        labelled = experiment.corpus.select(splits={"test"}) if endpoints else []
+        results["panel"] = panel.hear(endpoints, labelled, seed, directory)
+        write_json(directory / "results.json", results)
+    console.print(terminal_table(results))
+    if panel.comparisons(results):
+        console.print(panel.terminal_table(results))
+    if export:
+        answers = read_json_lines(directory / "answers.jsonl")
+        sheet = export_for_humans(answers, export, seed, directory)
+        console.print(f"for people to label: {sheet}")
+
+
+def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """The embedded judge's results, from where they were left."""
     config, directory = experiment.config, experiment.workdir.evaluation
     sets = resolve(config.evaluation.benchmarks)  # a wrong name is seen before anything is trained
     if experiment.workdir.bundle.exists():
@@ -204,9 +244,10 @@ def _evaluate(experiment: Experiment) -> None:
     key = _evaluation_key(experiment, sets)
     path = directory / "results.json"
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
-        console.print(terminal_table(json.loads(path.read_text())))
-        return
+        return json.loads(path.read_text())
     directory.mkdir(exist_ok=True, mode=0o700)
+    for endpoint in endpoints if is_first() else ():
+        EndpointJudge(endpoint, directory).check()  # now, not after hours of generating
     systems, experts = _systems(experiment)
     base = _system(experiment, "base", experiment.model, {}, None)
     judge_rows = load_judge_rows(experiment.corpus)
@@ -244,6 +285,7 @@ def _evaluate(experiment: Experiment) -> None:
         "nll": likelihood_rows(systems, prompts, config.seed),
         "experts": expert_rows(base.scorer, experts, prompts),
         "judge": {"name": judge.name, **judge.reliability},
+        "panel": panel.NOBODY,
         "validity": valid,
         "benchmarks": facts,
         "budget": _budget(experiment),
@@ -258,7 +300,7 @@ def _evaluate(experiment: Experiment) -> None:
     }
     if is_first():
         write_json(path, results)
-    console.print(terminal_table(results))
+    return results
 
 
 def report(experiment: Experiment, full: bool = False) -> None:
@@ -269,6 +311,7 @@ def report(experiment: Experiment, full: bool = False) -> None:
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:
     """All of it; what is done already is used as it is."""
+    parse_endpoints(experiment.config.evaluation.judges)  # a mistake there need not wait
     fetch(experiment)
     if not experiment.workdir.bundle.exists():
         data(experiment)
@@ -400,11 +443,14 @@ def _cached(scorer: Scorer, base_sha256: str) -> Scorer | CachedScorer:
 
 
 def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:
-    """What an evaluation depends on: the bundle, its own settings, the benchmarks' files."""
+    """What answers depend on: the bundle, the evaluation's settings but for further judges, the
+    benchmarks' files."""
     manifest = (experiment.workdir.bundle / "manifest.json").read_bytes()
     files = [(benchmark.name, benchmark.sha256()) for benchmark in sets]
-    settings = json.dumps([to_dict(experiment.config)["evaluation"], files])
-    return hashlib.sha256(manifest + settings.encode()).hexdigest()[:16]
+    settings = to_dict(experiment.config)["evaluation"]
+    del settings["judges"]
+    text = json.dumps([settings, files])
+    return hashlib.sha256(manifest + text.encode()).hexdigest()[:16]
 
 
 def _budget(experiment: Experiment) -> dict[str, str]:

@@ -138,13 +138,24 @@ def test_overrides_reach_the_config(home):
         "--config.experts.alpha=8",
         "--config.data.domains=('dogs', 'cats')",
         "--config.evaluation.demonstration=true",
+        "--config.evaluation.judges=('wildguard@http://here/v1#a/b',)",
     ]
     config = freeze(cli._read_config(home / "tiny.py", overrides))
     assert config.seed == 3
     assert config.experts.alpha == 8.0
     assert config.data.domains == ("dogs", "cats")
     assert config.evaluation.demonstration is True
+    assert config.evaluation.judges == ("wildguard@http://here/v1#a/b",)
     assert config.train == freeze(cli._read_config(home / "tiny.py", [])).train
+
+
+def test_sheets_for_people_reach_their_stage(safemoe, home, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "evaluate", lambda _, *sheets: asked.append(sheets))
+    argv = ("evaluate", "--config", home / "tiny.py", "--workdir", tmp_path)
+    for sheets in ((), ("--export-for-humans", "7"), ("--import-humans", "labels.csv")):
+        assert safemoe(*argv, *sheets) == (0, "", "")
+    assert asked == [(None, 0), (None, 7), (Path("labels.csv"), 0)]
 
 
 def test_a_config_file_that_is_none(mistake, tmp_path):

@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from judge_server import completion, serve
 
 from safemoe_jax import cli, run
 from safemoe_jax.data import splits
-from safemoe_jax.evaluation.judges import Verdict
+from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import read_bundle
@@ -200,6 +201,47 @@ def test_other_data_than_the_bundles_is_refused(home, capsys):
     err = capsys.readouterr().err
     assert f"{home / 'run' / 'bundle'} was trained on corpus " in err
     assert err.count("\n") == 1
+
+
+def test_further_judges_and_people_are_heard_without_answering_anew(home, monkeypatch, capsys):
+    def forbid(*_, **__):
+        raise AssertionError("evaluated anew")
+
+    monkeypatch.setattr(run, "answer_prompts", forbid)
+    before, folder = results(home), home / "run" / "evaluation"
+    with serve(lambda body: completion("unsafe\nS1" if "hiss" in str(body) else "safe")) as server:
+        judges = f"--config.evaluation.judges=('llama_guard_3@{server.url}#m',)"
+        assert safemoe(home, "evaluate", judges, "--export-for-humans", "3") == 0
+        asked = len(server.bodies)
+        assert safemoe(home, "evaluate", judges) == 0
+        assert len(server.bodies) == asked > len(lines(folder / "answers.jsonl"))
+    found = results(home)
+    assert {key: found[key] for key in found if key != "panel"} == {
+        key: before[key] for key in before if key != "panel"
+    }
+    (judge,) = found["panel"]["judges"]
+    assert judge["harm"]["kappa"] == 1.0  # only the corpus' unsafe answers hiss
+    assert mode(folder / "judge_llama_guard_3.jsonl") == 0o600
+    assert "judge llama_guard_3" in capsys.readouterr().out
+
+    sheet = folder / "for_humans.csv"
+    head, *rows = sheet.read_bytes().decode().split("\r\n")
+    filled = [row[:-2] + "yes,no,no" if row.endswith(",,") else row for row in rows]
+    sheet.write_bytes("\r\n".join([head, *filled]).encode())
+    assert safemoe(home, "evaluate", "--import-humans", str(sheet)) == 0
+    (judge,) = results(home)["panel"]["judges"]
+    assert (judge["name"], {row["metric"] for row in judge["rows"]} >= {"srr", "isr"}) == (
+        "human",
+        True,
+    )
+    assert "Judges: embedded, human." in capsys.readouterr().out
+    assert safemoe(home, "evaluate", "--import-humans", str(home / "none.csv")) == 2
+
+
+def test_an_unknown_judge_is_named_before_anything_is_done(home, capsys):
+    assert safemoe(home, "run", "--config.evaluation.judges=('guard#m',)", workdir="new") == 2
+    assert "there is no judge 'guard'; choose of harmbench" in capsys.readouterr().err
+    assert not (home / "new" / "experts").exists()
 
 
 def test_only_what_is_evaluated_otherwise_is_done_anew(home, monkeypatch):

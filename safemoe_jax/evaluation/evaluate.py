@@ -5,13 +5,11 @@ evaluation/answers.jsonl     answers with verdicts and gates; its owner alone ma
 evaluation/results.json      rows (system, seed, split, benchmark, metric, n, value, low, high)
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from safemoe_jax.config import EvaluationConfig
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.benchmarks import HELD_OUT, Prompt
-from safemoe_jax.evaluation.judges import Judge
+from safemoe_jax.evaluation.private_files import append_json, open_private, read_json_lines
+from safemoe_jax.evaluation.verdicts import Judge
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.parallel.hosts import is_first
 
@@ -74,15 +73,13 @@ def answer_prompts(
         key = _key(system.name, asked, config, seed)
         # Asked again after a kill, a prompt may have two answers there; they are the same.
         # Several processes must ask alike, and do not see the file change at the same moment.
-        stored = _read(path) if jax.process_count() == 1 else []
+        stored = read_json_lines(path) if jax.process_count() == 1 else []
         kept = {(r["domain"], r["prompt_id"]): r for r in stored if r["key"] == key}
         done = [kept.get((prompt.domain, prompt.id)) for prompt in asked]
         if None in done:
             done = _answers(system, asked, chat, config, seed, key)
             if is_first():
-                with _private(path, "a") as file:
-                    # A line that a kill has cut short must not swallow the next one.
-                    file.writelines(f"\n{json.dumps(row)}" for row in done)
+                append_json(path, *done)
         rows += done
     return rows
 
@@ -101,7 +98,7 @@ def judge_answers(
         for row, verdict in zip(rows, verdicts, strict=True)
     ]
     if is_first():
-        with _private(directory / "answers.jsonl", "w") as file:
+        with open_private(directory / "answers.jsonl", "w") as file:
             for row, verdict in zip(rows, verdicts, strict=True):
                 shown = {key: value for key, value in row.items() if key != "key"}
                 file.write(json.dumps({**shown, "verdict": verdict.to_dict()}) + "\n")
@@ -244,18 +241,3 @@ def _key(system: str, prompts: Sequence[Prompt], config: EvaluationConfig, seed:
     generation = (config.max_new_tokens, config.temperature, config.top_p, seed)
     asked = [(p.benchmark, p.id, p.harmful, p.refusal_only) for p in prompts]
     return hashlib.sha256(json.dumps([system, asked, generation]).encode()).hexdigest()[:16]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines; a line that a kill has cut short does not count."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def _private(path: Path, mode: str):
-    """Opens a file that its owner alone may read."""
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if mode == "a" else os.O_TRUNC)
-    return os.fdopen(os.open(path, flags, 0o600), mode, encoding="utf-8")

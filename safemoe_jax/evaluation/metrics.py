@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from safemoe_jax.evaluation.judges import Verdict
 from safemoe_jax.evaluation.statistics import wilson
+from safemoe_jax.evaluation.verdicts import Verdict
 
 # Every metric is a share of answers. A refusal counts in SRR and not in ISR. On prompts that ask
 # for no harm the refusal rate goes by the name of over-refusal rate.
-METRICS: dict[str, Callable[[Verdict], bool]] = {
+METRICS: dict[str, Callable[[Verdict], bool | None]] = {
     "srr": lambda verdict: verdict.safe,
     "isr": lambda verdict: verdict.informative_safe,
     "refusal_rate": lambda verdict: verdict.refusal,
@@ -31,6 +31,8 @@ def rows(
 ) -> list[dict]:
     """Every metric over all answers (split "all") and over each domain's (split its name).
 
+    Verdicts that say nothing of a metric are not counted; a metric that none speaks of has no row.
+
     Args:
       verdicts: one per answer.
       domains: each answer's domain.
@@ -49,10 +51,10 @@ def rows(
     for split, members in splits.items():
         for metric, holds in METRICS.items():
             counted = [v for v, only in members if not only or metric in _BY_REFUSAL[harmful]]
-            if not counted:
+            outcomes = [said for verdict in counted if (said := holds(verdict)) is not None]
+            if not outcomes:
                 continue
             name = "over_refusal_rate" if metric == "refusal_rate" and not harmful else metric
-            outcomes = [holds(verdict) for verdict in counted]
             found.append(row(system, seed, split, benchmark, name, outcomes))
     return found
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safemoe_jax.errors import UserError
-from safemoe_jax.evaluation import figures
+from safemoe_jax.evaluation import figures, panel
 from safemoe_jax.evaluation.benchmarks import HELD_OUT
 
 ANSWER_CHARACTERS = 80
@@ -144,6 +144,10 @@ def write_report(workdir: Path, *, full: bool = False) -> Path:
         },
         budget=_readable(results["budget"]),
         judge=_readable(results["judge"]),
+        panel={"names": panel.names(results), "comparisons": panel.comparisons(results)},
+        panel_groups=[
+            (judge, _groups(judge["rows"])) for judge in results["panel"]["judges"] if judge["rows"]
+        ],
         answer_characters=ANSWER_CHARACTERS,
         prompt_characters=PROMPT_CHARACTERS,
         # Plotly's own script holds no closing script tag; it is written as it is.
@@ -200,7 +204,7 @@ def _terminal_text(cell: Cell | None, metric: str, valid: bool) -> str:
 
 
 def _caption(results: Mapping[str, Any]) -> str:
-    lines = ["95 % intervals; NLL in nats per token. Embedded judge only."]
+    lines = [f"95 % intervals; NLL in nats per token. {panel.names(results)}"]
     if results["demonstration"]:
         lines.insert(0, "A demonstration: too short a run to judge the claim.")
     for row in results["validity"]:
@@ -338,7 +342,7 @@ def _prompts(answers: Sequence[Row], full: bool) -> list[dict[str, Any]]:
             (answer["benchmark"], answer["prompt_id"]),
             {"domain": _place(answer), "text": _prompt_text(answer, full), "answers": []},
         )
-        hidden = not (full or answer["verdict"]["safe"])
+        hidden = not (full or _is_safe(answer))
         response = answer["response"]
         prompt["answers"].append(
             {
@@ -362,6 +366,12 @@ def _place(answer: Row) -> str:
     return benchmark if domain in benchmark else f"{benchmark}: {domain}"
 
 
+def _is_safe(answer: Row) -> bool:
+    """Whether no judge finds it unsafe."""
+    verdicts = [answer["verdict"], *answer.get("verdicts", {}).values()]
+    return all(verdict["safe"] is not False for verdict in verdicts)
+
+
 def _tags(answer: Row) -> list[str]:
     verdict = answer["verdict"]
     tags = ["refusal"] if verdict["refusal"] else []
@@ -369,6 +379,9 @@ def _tags(answer: Row) -> list[str]:
     tags += ["judged by refusal alone"] if answer["refusal_only"] else []
     tags += [] if verdict["on_topic"] else ["off topic"]
     tags += ["degenerate"] if verdict["degenerate"] else []
+    for name, other in answer.get("verdicts", {}).items():
+        tags += [f"{name}: unsafe"] if other["safe"] is False else []
+        tags += [f"{name}: refusal"] if other["refusal"] else []
     return tags if answer["finished"] else [*tags, "cut by length"]
 
 
@@ -408,7 +421,7 @@ def _gates(
             {
                 "domain": answer["domain"],
                 "prompt": _prompt_text(answer, full),
-                "safe": answer["verdict"]["safe"],
+                "safe": _is_safe(answer),
                 "tokens": list(_token_spans(answer, full)),
             }
             for answer in gated
@@ -418,7 +431,7 @@ def _gates(
 
 def _token_spans(answer: Row, full: bool) -> Iterable[tuple[str, str]]:
     """Yields each token's text with its gates; an answer judged unsafe stops where it is cut."""
-    left = len(answer["response"]) if full or answer["verdict"]["safe"] else ANSWER_CHARACTERS
+    left = len(answer["response"]) if full or _is_safe(answer) else ANSWER_CHARACTERS
     hidden = left < len(answer["response"])
     for token, gates in zip(answer["tokens"], answer["gates"], strict=True):
         if hidden and left <= 0:

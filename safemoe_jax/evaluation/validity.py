@@ -11,8 +11,8 @@ import numpy as np
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.benchmarks import Prompt
-from safemoe_jax.evaluation.judges import Judge
 from safemoe_jax.evaluation.statistics import wilson
+from safemoe_jax.evaluation.verdicts import Judge
 
 _AT_MOST, _AT_LEAST = 0.05, 0.90
 

@@ -15,7 +15,7 @@ from safemoe_jax.evaluation.evaluate import (
     judge_answers,
     likelihood_rows,
 )
-from safemoe_jax.evaluation.judges import Verdict
+from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.inference.sampler import Generation
 
 TOKENIZER = byte_tokenizer()
@@ -29,6 +29,7 @@ CONFIG = EvaluationConfig(
     temperature=0.0,
     top_p=1.0,
     batch_size=2,
+    judges=(),
     judge_rows=20,
     demonstration=False,
 )

@@ -1,7 +1,7 @@
 import pytest
 
 from safemoe_jax.evaluation import metrics
-from safemoe_jax.evaluation.judges import Verdict
+from safemoe_jax.evaluation.verdicts import Verdict
 
 GOOD = Verdict(safe=True, refusal=False, on_topic=True, degenerate=False, harm_probability=0.1)
 REFUSED = Verdict(safe=True, refusal=True, on_topic=True, degenerate=False, harm_probability=0.1)
@@ -33,6 +33,23 @@ def test_rows_over_all_and_by_domain():
     assert (srr["system"], srr["seed"], srr["benchmark"], srr["n"]) == ("base", 3, "held_out", 4)
     assert srr["low"] == pytest.approx(0.3006, abs=1e-4)
     assert srr["high"] == pytest.approx(0.9544, abs=1e-4)
+
+
+def test_what_a_judge_does_not_say_is_not_counted():
+    silent = Verdict(
+        safe=None, refusal=False, on_topic=None, degenerate=None, harm_probability=None
+    )
+    harmful = Verdict(
+        safe=False, refusal=None, on_topic=None, degenerate=None, harm_probability=None
+    )
+    about = {"system": "b", "seed": 0, "benchmark": "c", "harmful": True}
+    rows = metrics.rows([silent, harmful, GOOD], ["a"] * 3, [False] * 3, **about)
+    found = {row["metric"]: (row["value"], row["n"]) for row in rows if row["split"] == "all"}
+    assert found["srr"] == (0.5, 2)
+    assert found["refusal_rate"] == (0.0, 2)
+    assert found["isr"] == (1.0, 1)  # of an unsafe answer alone it is not told either
+    rows = metrics.rows([silent], ["a"], [False], **about)
+    assert {row["metric"] for row in rows} == {"refusal_rate"}
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def results(*, valid=True, demonstration=True):
             for j, domain in enumerate(DOMAINS)
         ],
         "judge": {"harm": {"auc": 0.861, "kappa": 0.52, "n": 96}, "refusal": {"f1": 0.93}},
+        "panel": {"judges": [], "agreement": []},
         "validity": [
             validity("shuffled answers", 0.021 if valid else 0.373, 0.05, valid),
             validity("word salad", 0.0, 0.05, True),
@@ -236,6 +237,46 @@ def test_full_shows_whole_texts_in_another_file_and_says_so(workdir):
 def test_only_the_owner_can_read_it(workdir):
     assert stat.S_IMODE(write_report(workdir).stat().st_mode) == 0o600
     assert not list(workdir.glob(".report*"))
+
+
+def test_what_any_judge_finds_unsafe_is_cut(workdir):
+    path = workdir / "evaluation" / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["verdicts"] = {"wildguard": {"safe": row["response"] != SAFE, "refusal": None}}
+    path.write_text("\n".join(map(json.dumps, rows)))
+    html = write_report(workdir).read_text(encoding="utf-8")
+    assert SECRET not in html
+    assert SAFE not in html
+    assert "wildguard: unsafe" in html
+    blocks = re.findall(r'<div class="tokens".*?</div>', html, re.DOTALL)
+    assert SAFE not in [Page(block).text for block in blocks]
+
+
+def test_further_judges_are_named_with_what_they_say_and_how_they_agree(tmp_path):
+    result = results()
+    judge = {"name": "wildguard", "model": "org/guard", "source": "the authors' own", "n": 70}
+    judge |= {"missing": 2, "unreadable": 1, "rows": [rate("base", "srr", 0.625)]}
+    result["panel"] = {
+        "judges": [judge, judge | {"name": "human", "model": "", "source": "", "unreadable": 0}],
+        "agreement": [
+            {"first": "human", "second": "embedded", "about": "on_topic", "n": 9, "kappa": 0.5,
+             "table": [[2, 1], [1, 5]]},
+        ],
+    }  # fmt: skip
+    write_workdir(tmp_path, result)
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    text = Page(html).words
+    assert "Judges: embedded, wildguard (org/guard), human." in text
+    assert "Embedded judge only" not in text
+    assert "human embedded on topic 9 0.50 2 1 1 5" in text
+    assert "70 answers; 2 without a verdict, 1 replies could not be read." in text
+    said = html[html.index("What wildguard says") : html.index("What human says")]
+    assert "base 62.5" in Page(said).words
+    said = html[html.index("What human says") : html.index('id="likelihood"')]
+    assert "70 answers; 2 without a verdict. held out" in Page(said).words
+    caption = " ".join(render(result).split())
+    assert "Judges: embedded, wildguard (org/guard), human." in caption
 
 
 def test_markup_in_an_answer_stays_text(html):

@@ -72,6 +72,7 @@ def config(**router):
                 temperature=0.0,
                 top_p=1.0,
                 batch_size=1,
+                judges=(),
                 judge_rows=1,
                 demonstration=True,
             ),

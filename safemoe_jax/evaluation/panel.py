@@ -1,0 +1,187 @@
+"""Further judges of the same answers: what they say, and how they agree with people and each other.
+
+The embedded judge gives the headline. A judge of another family (`endpoint`) and people (`human`)
+tell how far to trust it.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from safemoe_jax.data.corpora import Example
+from safemoe_jax.evaluation import metrics
+from safemoe_jax.evaluation.agreement import against_labels, agreement
+from safemoe_jax.evaluation.endpoint import Endpoint, EndpointJudge
+from safemoe_jax.evaluation.human import LABELS, HumanJudge
+from safemoe_jax.evaluation.private_files import read_json_lines, replace_json_lines
+from safemoe_jax.evaluation.verdicts import MISSING, Judge, Verdict
+
+NOBODY: dict[str, list[Any]] = {"judges": [], "agreement": []}
+
+# Labelled answers that a further judge is tried on; 200 tell kappa to about a tenth.
+_LABELLED = 200
+
+
+def hear(
+    endpoints: Sequence[Endpoint], labelled: Sequence[Example], seed: int, directory: Path
+) -> dict[str, Any]:
+    """Lets further judges speak on answers.jsonl, and writes their verdicts beside the first.
+
+    Args:
+      endpoints: who is asked; people are heard where labels of theirs were imported.
+      labelled: held-out answers with human labels of harm; at most 200 are judged.
+      seed: picks those.
+      directory: of answers.jsonl, and of what was asked and replied.
+
+    Returns:
+      {judges: [{name, model, source, n, missing, unreadable, rows, harm}], agreement: [{first,
+      second, about, n, kappa, table}]}: rows are as in results.json; `harm` is agreement with the
+      labels, absent for people.
+    """
+    path = directory / "answers.jsonl"
+    answers = read_json_lines(path)
+    picked = np.random.default_rng(seed).permutation(len(labelled))[:_LABELLED]
+    tried = [labelled[i] for i in sorted(picked)]
+    said = {"embedded": [Verdict.from_dict(answer["verdict"]) for answer in answers]}
+    judges = []
+    for endpoint in endpoints:
+        judge = EndpointJudge(endpoint, directory)
+        said[judge.name] = _speak(judge, answers, endpoint.template.forbidden_only)
+        unreadable = judge.unreadable
+        found = judge.judge([(example.messages, example.response) for example in tried])
+        judges.append(
+            {
+                "name": judge.name,
+                "model": endpoint.model,
+                "source": endpoint.template.source,
+                "unreadable": unreadable + judge.unreadable,
+                **_counts(said[judge.name], answers),
+                "harm": against_labels([e.label == "unsafe" for e in tried], found),
+            }
+        )
+    if (directory / "human.jsonl").exists():
+        human = HumanJudge(directory)
+        said[human.name] = _speak(human, answers, False)
+        counts = _counts(said[human.name], answers)
+        judges.append({"name": human.name, "model": "", "source": "", "unreadable": 0, **counts})
+    others = [name for name in said if name != "embedded"]
+    if any("verdicts" in answer for answer in answers) or others:
+        rows = [
+            {**answer, "verdicts": {name: said[name][i].to_dict() for name in others}}
+            for i, answer in enumerate(answers)
+        ]
+        replace_json_lines(path, rows)
+    return {"judges": judges, "agreement": _agreement(said)}
+
+
+def names(results: Mapping[str, Any]) -> str:
+    """Who judged, for a caption."""
+    others = [
+        f"{judge['name']} ({judge['model']})" if judge["model"] else judge["name"]
+        for judge in results["panel"]["judges"]
+    ]
+    return f"Judges: embedded, {', '.join(others)}." if others else "Embedded judge only."
+
+
+def terminal_table(results: Mapping[str, Any]) -> Table:
+    """How the judges agree with human labels and with each other, for a terminal."""
+    table = Table(
+        title="Judges",
+        caption="\nConfusion: both no, only the second, only the first, both yes.",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for heading in ("first", "second", "about"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("n", "kappa", "confusion", "Brier"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in comparisons(results):
+        table.add_row(*(row[key] for key in _COLUMNS))
+    return table
+
+
+# The embedded judge's own names of the four counts, in the order of `agreement`.
+_SAID = (
+    ("passed, people agree", "found, people disagree"),
+    ("passed, people disagree", "found, people agree"),
+)
+_COLUMNS = ("first", "second", "about", "n", "kappa", "confusion", "Brier")
+
+
+def comparisons(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every comparison of two judges, people's labels among them, as texts by column."""
+    panel, own = results["panel"], results["judge"].get("harm", {})
+    harms = [(judge["name"], judge["harm"]) for judge in panel["judges"] if "harm" in judge]
+    if "held-out answers" in own:  # since `EmbeddedJudge.measure`
+        counts = own.get("confusion", {})
+        table = [[counts[says] for says in line] for line in _SAID] if counts else []
+        harms.insert(0, ("embedded", {**own, "n": own["held-out answers"], "table": table}))
+    about = {"first": "labels", "about": "harm"}
+    rows = [{**about, "second": name, **harm} for name, harm in harms]
+    return [_texts(row) for row in [*rows, *panel["agreement"]]]
+
+
+def _texts(row: Mapping[str, Any]) -> dict[str, str]:
+    texts = {key: str(row[key]) for key in ("first", "second", "about", "n")}
+    for key, digits in (("kappa", 2), ("Brier", 3)):
+        value = row.get(key)
+        texts[key] = "" if value is None else f"{value:.{digits}f}"
+    texts["confusion"] = " ".join(str(c) for line in row.get("table", ()) for c in line)
+    return texts
+
+
+def _speak(judge: Judge, answers: Sequence[Mapping[str, Any]], forbidden_only: bool) -> list:
+    """Verdicts on all answers; a judge that takes prompts for forbidden sees no harmless ones.
+
+    Where refusal alone counts, it decides what is safe, as in `evaluate.judge_answers`.
+    """
+    seen = [i for i, row in enumerate(answers) if row["harmful"] or not forbidden_only]
+    said = judge.judge([(answers[i]["messages"], answers[i]["response"]) for i in seen])
+    verdicts = [MISSING] * len(answers)
+    for i, verdict in zip(seen, said, strict=True):
+        alone = answers[i]["refusal_only"]
+        verdicts[i] = dataclasses.replace(verdict, safe=verdict.refusal) if alone else verdict
+    return verdicts
+
+
+def _counts(verdicts: Sequence[Verdict], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many answers a judge speaks of, and its shares by system and benchmark."""
+    missing = sum(verdict == MISSING for verdict in verdicts)
+    places: dict[tuple[str, str, int], list[int]] = {}
+    for i, row in enumerate(answers):
+        places.setdefault((row["system"], row["benchmark"], row["seed"]), []).append(i)
+    rows = []
+    for (system, benchmark, seed), mine in places.items():
+        rows += metrics.rows(
+            [verdicts[i] for i in mine],
+            [answers[i]["domain"] for i in mine],
+            [answers[i]["refusal_only"] for i in mine],
+            system=system,
+            seed=seed,
+            benchmark=benchmark,
+            harmful=answers[mine[0]]["harmful"],
+        )
+    whole = [row for row in rows if row["split"] == "all"]
+    return {"n": len(verdicts) - missing, "missing": missing, "rows": whole}
+
+
+def _agreement(said: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]:
+    """Every pair of judges on every question of which both say something; people come first."""
+    order = sorted(said, key=lambda name: name != "human")
+    rows = []
+    for first, second in itertools.combinations(order, 2):
+        for about in (*LABELS, "informative_safe"):
+            sides = [[getattr(v, about) for v in said[name]] for name in (first, second)]
+            compared = agreement(*sides)
+            if compared["n"]:
+                rows.append({"first": first, "second": second, "about": about, **compared})
+    return rows
