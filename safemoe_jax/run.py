@@ -432,14 +432,13 @@ def _system(
     )
 
 
-def _cached(scorer: Scorer, base_sha256: str) -> Scorer | CachedScorer:
+def _cached(scorer: Scorer, base_sha256: str) -> CachedScorer:
     """The base's likelihoods, remembered: hashes and numbers only, so other workdirs use them.
 
-    Several processes score all: they must compute alike, and their caches may differ.
+    Several processes score all: they must compute alike, and their files may differ.
     """
-    if jax.process_count() > 1:
-        return scorer
-    return CachedScorer(scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
+    path = cache_dir() / f"likelihoods-{base_sha256}.npz" if jax.process_count() == 1 else None
+    return CachedScorer(scorer, path, base_sha256)
 
 
 def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:

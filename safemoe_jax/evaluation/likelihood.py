@@ -23,18 +23,19 @@ class CachedScorer:
     Only hashes of the texts and numbers are stored, so that the file holds no harmful text.
     """
 
-    def __init__(self, scorer: Scorer, path: Path, identity: str) -> None:
+    def __init__(self, scorer: Scorer, path: Path | None, identity: str) -> None:
         """
         Args:
           scorer: per-token log-likelihood of responses.
-          path: the .npz file; created on first use, its folder must exist.
+          path: the .npz file; created on first use, its folder must exist. None keeps nothing
+            past the run.
           identity: names the scorer's weights; part of every key.
         """
         self._scorer = scorer
         self._path = path
         self._identity = identity
         self._known: dict[str, np.ndarray] = {}
-        if path.exists():
+        if path and path.exists():
             with np.load(path) as stored:
                 parts = np.split(stored["values"], np.cumsum(stored["sizes"])[:-1])
                 self._known = dict(zip(stored["keys"].tolist(), parts, strict=True))
@@ -55,7 +56,8 @@ class CachedScorer:
             for key, score in zip(new, scores, strict=True):
                 # The last token ends the turn; cut answers do not really end there.
                 self._known[key] = np.asarray(score[:-1], np.float32)
-            self._save()
+            if self._path:
+                self._save()
         return [self._known[key] for key in keys]
 
     def _key(self, prompt: str, answer: str) -> str:

@@ -4,7 +4,6 @@ The embedded judge gives the headline. A judge of another family (`endpoint`) an
 tell how far to trust it.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from safemoe_jax.evaluation.agreement import against_labels, agreement
 from safemoe_jax.evaluation.endpoint import Endpoint, EndpointJudge
 from safemoe_jax.evaluation.human import LABELS, HumanJudge
 from safemoe_jax.evaluation.private_files import read_json_lines, replace_json_lines
-from safemoe_jax.evaluation.verdicts import MISSING, Judge, Verdict
+from safemoe_jax.evaluation.verdicts import MISSING, Judge, Verdict, judged
 
 NOBODY: dict[str, list[Any]] = {"judges": [], "agreement": []}
 
@@ -140,16 +139,12 @@ def _texts(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _speak(judge: Judge, answers: Sequence[Mapping[str, Any]], forbidden_only: bool) -> list:
-    """Verdicts on all answers; a judge that takes prompts for forbidden sees no harmless ones.
-
-    Where refusal alone counts, it decides what is safe, as in `evaluate.judge_answers`.
-    """
+    """Verdicts on all answers; a judge that takes prompts for forbidden sees no harmless ones."""
     seen = [i for i, row in enumerate(answers) if row["harmful"] or not forbidden_only]
-    said = judge.judge([(answers[i]["messages"], answers[i]["response"]) for i in seen])
+    said = judged(judge, [answers[i] for i in seen])
     verdicts = [MISSING] * len(answers)
     for i, verdict in zip(seen, said, strict=True):
-        alone = answers[i]["refusal_only"]
-        verdicts[i] = dataclasses.replace(verdict, safe=verdict.refusal) if alone else verdict
+        verdicts[i] = verdict
     return verdicts
 
 

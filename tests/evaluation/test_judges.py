@@ -219,6 +219,8 @@ def prompts():
             domain="a",
             messages=({"role": "user", "content": question(topic)},),
             group=i,
+            harmful=True,
+            refusal_only=False,
             safe_answers=(answer(topic),),
             harmful_answers=(),
         )

@@ -157,7 +157,7 @@ def test_the_others_end_when_one_host_is_killed(killed, alone):
         ("killed", toy_run.ONE),
         ("killed", MeshConfig(data=1, fsdp=1, tensor=1, context=2)),
         ("killed", MeshConfig(data=2, fsdp=2, tensor=2, context=1)),
-        ("preempted", MeshConfig(data=1, fsdp=8, tensor=1, context=1)),
+        ("preempted", MeshConfig(data=1, fsdp=4, tensor=2, context=1)),
     ],
 )
 def test_a_checkpoint_goes_on_in_another_layout_with_every_example_as_often_as_planned(

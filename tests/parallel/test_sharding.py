@@ -98,11 +98,11 @@ def test_the_base_is_cut_over_fsdp_and_tensor(mesh):
     layers = base["layers"]
     expected = {
         ("embed", "embedding"): (base["embed"]["embedding"], ("tensor", "fsdp")),
-        ("q",): (layers["attention"]["q"]["kernel"], (None, "fsdp", "tensor")),
-        ("o",): (layers["attention"]["o"]["kernel"], (None, "tensor", "fsdp")),
-        ("down",): (layers["mlp"]["down"]["kernel"], (None, "tensor", "fsdp")),
+        ("q",): (layers["attention"]["q"]["kernel"], (None, "tensor", "fsdp")),
+        ("o",): (layers["attention"]["o"]["kernel"], (None, "fsdp", "tensor")),
+        ("down",): (layers["mlp"]["down"]["kernel"], (None, "fsdp", "tensor")),
         ("norm",): (layers["mlp_norm"]["scale"], ()),
-        ("head",): (base["head"]["kernel"], ("fsdp", "tensor")),
+        ("head",): (base["head"]["kernel"], ("tensor", "fsdp")),
         ("q a",): (experts["layers"]["attention"]["q"]["a"], (None, None, "fsdp")),
         ("q b",): (experts["layers"]["attention"]["q"]["b"], (None, None, None, "tensor")),
     }
