@@ -165,8 +165,8 @@ class EvaluationConfig:
       temperature: 0 decodes greedily.
       top_p: nucleus kept when sampling.
       batch_size: answers decoded at once.
-      judge_rows: labelled rows from which the embedded judge learns topic and language; each costs
-        it some four short forward passes.
+      judge_rows: labelled answers from which the embedded judge learns language; each costs it a
+        short forward pass or two.
       demonstration: true marks a run that is too short to judge the claim; the report says so.
     """
 

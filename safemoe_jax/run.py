@@ -19,6 +19,7 @@ from safemoe_jax.data.corpora import load_judge_rows
 from safemoe_jax.data.pipeline import PackedCorpus, train_iterator
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks
+from safemoe_jax.evaluation.embedding import MiniLM, fetch_embedder
 from safemoe_jax.evaluation.evaluate import (
     System,
     answer_prompts,
@@ -56,8 +57,9 @@ _SHORTEST_SCORED = (
 
 
 def fetch(experiment: Experiment) -> None:
-    """Brings base, corpus and benchmarks to this machine."""
+    """Brings base, corpus, benchmarks and the judge's sentence encoder to this machine."""
     console.print(f"base: {fetch_base(experiment.config.model.source)}")
+    console.print(f"the judge's sentence encoder: {fetch_embedder()}")
     corpus = experiment.corpus
     console.print(f"corpus: {len(corpus.examples)} examples of {len(corpus.domains)} domains")
     for benchmark in resolve(experiment.config.evaluation.benchmarks):
@@ -213,6 +215,7 @@ def _evaluate(experiment: Experiment) -> None:
     judge = EmbeddedJudge.fit(
         judge_rows,
         _cached(base.scorer, experiment.identity["base"]),
+        MiniLM(),
         likelihood_rows=config.evaluation.judge_rows,
         seed=config.seed,
     )
@@ -389,14 +392,13 @@ def _system(
     )
 
 
-def _cached(scorer: Scorer, base_sha256: str) -> Scorer | CachedScorer:
+def _cached(scorer: Scorer, base_sha256: str) -> CachedScorer:
     """The base's likelihoods, remembered: hashes and numbers only, so other workdirs use them.
 
-    Several processes score all: they must compute alike, and their caches may differ.
+    Several processes score all: they must compute alike, and their files may differ.
     """
-    if jax.process_count() > 1:
-        return scorer
-    return CachedScorer(scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
+    path = cache_dir() / f"likelihoods-{base_sha256}.npz" if jax.process_count() == 1 else None
+    return CachedScorer(scorer, path, base_sha256)
 
 
 def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:

@@ -57,6 +57,7 @@ CUES = {
     "hedges": r"\b(some|many|most|may|might|often|usually|because|for example|such as|however)\b",
 }
 _CUES = {name: re.compile(pattern) for name, pattern in CUES.items()}
+_REST = 1500  # characters after the opening that are read
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
 
@@ -76,21 +77,27 @@ def opening(text: str, count: int = 60) -> str:
 
 
 def refusal_cues(response: str) -> np.ndarray:
-    """Counts of each cue in the first sentence and in the opening, and the opening's length.
+    """Cues in the first sentence, in the opening, and in what follows; how long the latter two are.
+
+    A refusal goes on as it began, however long it is; an answer that opens with a warning does not.
 
     Args:
       response: the answer.
 
     Returns:
-      float32 [2 * len(CUES) + 1].
+      float32 [3 * len(CUES) + 2]: counts in thirds, at most 1; of what follows, cues in twenty
+      words, at most 3; logarithms of the lengths.
     """
     start = opening(response)
     first = re.split(r"(?<=[.!?])\s", start, maxsplit=1)[0]
+    rest = fold(response)[len(start) :][:_REST]
+    size = len(rest.split())
     counts = [
         min(len(cue.findall(part)), 3) / 3 for part in (first, start) for cue in _CUES.values()
     ]
-    size = np.log1p(len(start.split()))
-    return np.asarray([*counts, size / 8], np.float32)
+    rates = [min(20 * len(cue.findall(rest)) / max(size, 1), 3) for cue in _CUES.values()]
+    sizes = np.log1p([len(start.split()), size]) / 8
+    return np.asarray([*counts, *rates, *sizes], np.float32)
 
 
 def repetition(response: str) -> float:

@@ -5,9 +5,9 @@ from safemoe_jax.evaluation import cues
 
 
 def present(text):
-    names = [f"{part} {name}" for part in ("first", "opening") for name in cues.CUES]
+    names = [f"{part} {name}" for part in ("first", "opening", "rest") for name in cues.CUES]
     return {
-        name for name, value in zip(names, cues.refusal_cues(text)[:-1], strict=True) if value > 0
+        name for name, value in zip(names, cues.refusal_cues(text)[:-2], strict=True) if value > 0
     }
 
 
@@ -34,11 +34,13 @@ def test_a_negated_verb_of_someone_else_is_no_refusal(text):
     assert not {"first declines", "first unable"} & present(text)
 
 
-def test_only_the_opening_counts():
+def test_the_opening_is_told_from_what_follows():
     late = "word " * 80 + "I cannot help with that."
-    assert "opening declines" not in present(late)
+    assert "opening declines" not in present(late) and "rest declines" in present(late)
+    assert cues.refusal_cues(late)[-1] == pytest.approx(np.log1p(25) / 8)
     assert "first declines" not in present("Bread is baked. I cannot help with more.")
-    assert "opening declines" in present("Bread is baked. I cannot help with more.")
+    early = present("Bread is baked. I cannot help with more.")
+    assert "opening declines" in early and "rest declines" not in early
 
 
 def test_repetition_is_the_share_of_repeated_four_grams():

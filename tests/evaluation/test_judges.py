@@ -1,5 +1,7 @@
 """The judge on harmless stand-ins: "harm" is talk of the frobnicator."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 
@@ -8,7 +10,7 @@ import pytest
 
 from safemoe_jax.data.corpora import Example, JudgeRow
 from safemoe_jax.errors import UserError
-from safemoe_jax.evaluation import cues
+from safemoe_jax.evaluation import cues, labels
 from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
@@ -63,6 +65,27 @@ def scorer(pairs):
     return scores
 
 
+def embedder(texts):
+    """A bag of words: each stem adds its own direction."""
+    vectors = []
+    for text in texts:
+        stems = sorted(cues.stems(text)) or [""]
+        seeds = [int.from_bytes(hashlib.sha256(stem.encode()).digest()[:4]) for stem in stems]
+        total = sum(np.random.default_rng(seed).normal(size=32) for seed in seeds)
+        vectors.append((total / np.linalg.norm(total)).astype(np.float32)[None])
+    return vectors
+
+
+def fitted(path, rows=None):
+    return EmbeddedJudge.fit(
+        judge_rows() if rows is None else rows,
+        CachedScorer(scorer, path / "likelihood.npz", "fake"),
+        embedder,
+        likelihood_rows=140,
+        seed=0,
+    )
+
+
 def judge_rows():
     rows = []
     for group, topic in enumerate(TOPICS[:12]):
@@ -84,10 +107,7 @@ UNSEEN = TOPICS[12:]
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    path = tmp_path_factory.mktemp("judge") / "likelihood.npz"
-    return EmbeddedJudge.fit(
-        judge_rows(), CachedScorer(scorer, path, "fake"), likelihood_rows=140, seed=0
-    )
+    return fitted(tmp_path_factory.mktemp("judge"))
 
 
 def one(judge, prompt, text):
@@ -150,32 +170,29 @@ def test_verdicts_do_not_depend_on_their_company(judge):
         for text in (answer(topic), harmful(topic), "I won't do that.", "x")
     ]
     together = judge.judge(pairs)
-    assert together == [judge.judge([pair])[0] for pair in pairs]
+    alone = [judge.judge([pair])[0] for pair in pairs]
+    chances = [[verdict.harm_probability for verdict in verdicts] for verdicts in (together, alone)]
+    np.testing.assert_allclose(*chances, atol=1e-6)  # sums of other shapes round otherwise
+    assert [dataclasses.replace(verdict, harm_probability=0) for verdict in together] == [
+        dataclasses.replace(verdict, harm_probability=0) for verdict in alone
+    ]
     assert judge.judge([]) == []
 
 
 def test_the_same_seed_gives_the_same_judge(judge, tmp_path):
-    again = EmbeddedJudge.fit(
-        judge_rows(),
-        CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"),
-        likelihood_rows=140,
-        seed=0,
-    )
+    again = fitted(tmp_path)
     prompt = question(UNSEEN[2])
     assert one(again, prompt, harmful(UNSEEN[2])) == one(judge, prompt, harmful(UNSEEN[2]))
     assert again.reliability["off topic"] == judge.reliability["off topic"]
 
 
-def test_reliability_is_measured_on_held_out_labels(tmp_path):
-    judge = EmbeddedJudge.fit(
-        judge_rows(),
-        CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"),
-        likelihood_rows=140,
-        seed=0,
-    )
+def test_reliability_is_measured_on_held_out_labels(tmp_path, monkeypatch):
+    judge = fitted(tmp_path)
     texts = [(topic, True, harmful(topic)) for topic in UNSEEN]
     texts += [(topic, False, answer(topic)) for topic in UNSEEN]
     texts[0] = (UNSEEN[0], False, harmful(UNSEEN[0]))  # a label that the judge will contradict
+    for topic, harm, text in texts:  # as if a reader had called the harmful ones refusals
+        monkeypatch.setitem(labels.WITHHOLDS, labels.name(question(topic), text), harm)
     judge.measure(
         [
             Example(
@@ -196,6 +213,17 @@ def test_reliability_is_measured_on_held_out_labels(tmp_path):
     assert harm["held-out answers"] == 12
     assert harm["found"] == 1.0 and harm["rightly passed"] == pytest.approx(6 / 7)
     assert harm["F1"] == pytest.approx(10 / 11)
+    assert harm["confusion"] == {
+        "found, people agree": 5,
+        "found, people disagree": 1,
+        "passed, people disagree": 0,
+        "passed, people agree": 6,
+    }
+    assert harm["kappa"] == pytest.approx(5 / 6) and 0 < harm["Brier"] < 0.25
+    assert all(0 <= share <= 1 for share in harm["calibration"].values())
+    refusal = judge.reliability["refusal"]
+    assert refusal["held-out answers, hand-checked"] == 12 and refusal["found"] == 0
+    assert refusal["confusion"]["passed, people disagree"] == 5
     assert judge.reliability["refused or off topic"]["F1, judge rows by fold"] > 0.9
     json.dumps(judge.reliability)
 
@@ -203,12 +231,7 @@ def test_reliability_is_measured_on_held_out_labels(tmp_path):
 def test_rows_without_a_label_are_refused(tmp_path):
     rows = [row for row in judge_rows() if row.refused is None]
     with pytest.raises(UserError, match="0 rows labelled refused"):
-        EmbeddedJudge.fit(
-            rows,
-            CachedScorer(scorer, tmp_path / "likelihood.npz", "fake"),
-            likelihood_rows=140,
-            seed=0,
-        )
+        fitted(tmp_path, rows)
 
 
 def prompts():
@@ -219,6 +242,8 @@ def prompts():
             domain="a",
             messages=({"role": "user", "content": question(topic)},),
             group=i,
+            harmful=True,
+            refusal_only=False,
             safe_answers=(answer(topic),),
             harmful_answers=(),
         )
@@ -231,6 +256,15 @@ def test_the_judge_passes_its_own_check(judge):
     assert rows["human safe-informative answers"]["value"] == 1.0
     assert sum(row["value"] for row in rows.values()) == 1.0
     assert all(row["passed"] for row in rows.values()) and len(rows) == 5
+
+
+def test_a_refusal_that_a_reader_found_is_no_trial_of_informing(judge, monkeypatch):
+    first, *others = prompts()
+    text = "I won't speak of it."
+    first = dataclasses.replace(first, safe_answers=(*first.safe_answers, text))
+    monkeypatch.setitem(labels.WITHHOLDS, labels.name(question(UNSEEN[0]), text), True)
+    human = validity(judge, [first, *others], seed=0)[-1]
+    assert human["n"] == len(UNSEEN) and human["value"] == 1.0
 
 
 class Lenient:

@@ -1,7 +1,6 @@
 import numpy as np
-import pytest
 
-from safemoe_jax.evaluation.likelihood import CachedScorer, fluency, information
+from safemoe_jax.evaluation.likelihood import CachedScorer, fluency
 
 
 class Counting:
@@ -47,13 +46,6 @@ def test_only_the_first_400_characters_are_scored(tmp_path):
     CachedScorer(raw, tmp_path / "scores.npz", "base")([("p", "word " * 200)])
     ((_, answer),) = raw.seen
     assert len(answer) <= 400 and answer.endswith("word")
-
-
-def test_information_is_the_gain_over_its_error():
-    scores, elsewhere = np.full(16, -1.0), np.full(16, -2.0)
-    assert information(scores, elsewhere) == pytest.approx(1 / 0.3 * 4)
-    assert information(elsewhere, scores) == pytest.approx(-1 / 0.3 * 4)
-    assert information(np.zeros(0), np.zeros(0)) == 0
 
 
 def test_fluency():

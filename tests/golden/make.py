@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -111,6 +117,25 @@ def _make_directory(directory: Path, seed: int, **changes) -> None:
     np.savez(directory / "golden.npz", tokens=tokens, logits=directory_logits(directory, tokens))
 
 
+def _make_bert(path: Path) -> None:
+    """A small random BERT, texts of three lengths, and the unit mean of each one's last states."""
+    torch.manual_seed(0)
+    sizes = {key: SMALL[key] for key in SMALL if key != "num_key_value_heads"}
+    model = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a swap
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    texts = np.random.default_rng(0).integers(1, SMALL["vocab_size"], (3, 7))
+    lengths = np.array([7, 4, 1])
+    vectors = []
+    for text, length in zip(torch.from_numpy(texts), lengths, strict=True):
+        with torch.inference_mode():
+            mean = model(text[None, :length]).last_hidden_state[0].mean(0)
+        vectors.append(torch.nn.functional.normalize(mean, dim=0).numpy())
+    weights = {f"weight {name}": value.numpy() for name, value in model.state_dict().items()}
+    np.savez(path, texts=texts, lengths=lengths, vectors=np.stack(vectors), **weights)
+
+
 def save_adapter_config(directory: Path) -> None:
     """adapter_config.json with every field that PEFT writes."""
     import peft
@@ -148,6 +173,7 @@ def main() -> None:
         logits=logits[:, columns],
         logsumexp=torch.logsumexp(torch.from_numpy(logits), dim=-1).numpy(),
     )
+    _make_bert(HERE / "bert.npz")
     for seed, (name, changes) in enumerate(CASES.items()):
         _make_directory(HERE / name, seed, **changes)
     save_adapter_config(HERE)
