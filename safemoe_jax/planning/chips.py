@@ -5,14 +5,15 @@ Jouppi et al., "TPU v4", arXiv 2304.01433, table 4. They are the maker's, not me
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
+from jax.experimental import topologies
 
 from safemoe_jax.errors import UserError
 
@@ -38,13 +39,13 @@ class Chip:
     pod: int
 
 
-GB, GIB = 1e9, 2**30
+GB, GIB = 1e9, 2**30  # memories are sold as GB, and are GiB
 
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1200 * GB, 50 * GB, 3, 4096),
-    "v5e": Chip(197e12, 16 * GB, 819 * GB, 50 * GB, 2, 256),
+    "v5e": Chip(197e12, 16 * GIB, 819 * GB, 50 * GB, 2, 256),
     "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6144),
-    "v6e": Chip(918e12, 32 * GB, 1638 * GB, 100 * GB, 2, 256),
+    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 256),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 9216),
 }
 
@@ -58,12 +59,14 @@ class Topology:
       chip: its chips.
       shape: chips along each axis.
       devices: JAX's compile-only devices. A v4 or tpu7x chip is two of them.
+      compiler: the version of the compiler, as it calls itself.
     """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
     devices: Sequence[Any]
+    compiler: str
 
     @property
     def num_chips(self) -> int:
@@ -73,6 +76,11 @@ class Topology:
     def share(self) -> float:
         """Of a chip, what one device is."""
         return self.num_chips / len(self.devices)
+
+    @property
+    def room(self) -> float:
+        """Bytes of memory that a device has."""
+        return self.chip.hbm_bytes * self.share
 
     def bandwidth(self, group: Sequence[Any]) -> float:
         """Bytes/s that a device can send to a group of devices, over all links that lead there.
@@ -96,8 +104,8 @@ def get_topology(name: str) -> Topology:
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if not match or match[1] not in CHIPS:
         raise UserError(
-            f"topology {name!r} is unknown; give CHIP:SHAPE with a chip of {', '.join(CHIPS)}, like "
-            "v5e:4x4 (a v5e-16), v6e:4x4 or v5p:4x4x4 (a v5p-128, which counts cores)"
+            f"topology {name!r} is unknown; give CHIP:SHAPE with a chip of {', '.join(CHIPS)}, "
+            "like v5e:4x4 (a v5e-16), v6e:4x4 or v5p:4x4x4 (a v5p-128, which counts cores)"
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     # libtpu would otherwise ask Google's metadata server which machine this is, and a second
@@ -106,19 +114,14 @@ def get_topology(name: str) -> Topology:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not here; pip install 'safemoe-jax[tpu]' brings it")
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        if "libtpu" in str(error) and "INVALID_ARGUMENT" not in str(error):
-            raise UserError(
-                f"the TPU compiler is not here ({error}); install it: pip install "
-                "'safemoe-jax[tpu]'"
-            ) from error
+    except (RuntimeError, ValueError) as error:
         reason = str(error).removeprefix("INVALID_ARGUMENT: ").splitlines()[0]
         raise UserError(
             f"{name} is no slice that can be had ({reason}); a {match[1]} slice has "
             f"{chip.dimensions} axes and up to {chip.pod} chips"
         ) from error
-    return Topology(name, chip, shape, found.devices)
+    return Topology(name, chip, shape, found.devices, found.platform_version.splitlines()[0])

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from safemoe_jax.config import Config, MeshConfig
+from safemoe_jax.config import Config
 from safemoe_jax.data.pipeline import empty_tokens
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import check_layout, collection_shapes, num_params, state_shapes
@@ -29,10 +29,12 @@ from safemoe_jax.model.attention import splash_block
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import CACHE_AXES, Transformer
-from safemoe_jax.parallel.mesh import AXES, make_mesh
+from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import batch_shardings, shardings, whole_rows, with_shardings
 from safemoe_jax.planning.chips import Topology
-from safemoe_jax.planning.hlo import Array, Kernel, Program
+from safemoe_jax.planning.collectives import collectives
+from safemoe_jax.planning.counts import Kernel, flops, hbm_bytes, kernels
+from safemoe_jax.planning.hlo import Array, Program
 from safemoe_jax.run import jitted_step
 from safemoe_jax.training.losses import num_chunks
 from safemoe_jax.training.state import make_optimizer
@@ -146,13 +148,12 @@ class Plan:
         """
         for one in self.figures:
             if not one.fits:
-                room = self.topology.chip.hbm_bytes * self.topology.share
                 raise UserError(
                     f"{one.name} needs {one.needed / 2**30:.1f} GiB of a device's "
-                    f"{room / 2**30:.1f} on {self.topology.name}; cut the base into more parts "
-                    "(config.mesh.fsdp or tensor), recompute more (config.model.remat='full'), "
-                    "take fewer rows at once (train.*.accumulation, evaluation.batch_size) or a "
-                    "larger slice; --search tries what there is"
+                    f"{self.topology.room / 2**30:.1f} on {self.topology.name}; cut the base into "
+                    "more parts (config.mesh.fsdp or tensor), recompute more "
+                    "(config.model.remat='full'), take fewer rows at once (train.*.accumulation, "
+                    "evaluation.batch_size) or a larger slice; --search tries what there is"
                 )
 
 
@@ -326,9 +327,8 @@ class _Count:
 
 def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
     share = {"useful_flops": job.useful_flops / mesh.size}
-    room = topology.chip.hbm_bytes * topology.share
     held = _held(job)
-    if (needed := sum(held.values())) > room:  # its arguments alone are too much
+    if (needed := sum(held.values())) > topology.room:  # its arguments alone are too much
         return Figures(job.name, job.tokens, False, held, needed, **share)
     try:
         compiled = job.function.lower(*job.arguments).compile()
@@ -338,12 +338,12 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
         return Figures(job.name, job.tokens, False, held, asked, **share)
     program = Program.parse(compiled.as_text())
     runs = program.runs(unknown_trips=job.loss_chunks)
-    flops = program.flops(runs)
-    flops += sum(one.runs * attention_flops(one) for one in program.kernels(runs))
-    traffic = program.hbm_bytes(runs)
+    work = flops(program, runs)
+    work += sum(one.runs * attention_flops(one) for one in kernels(program, runs))
+    traffic = hbm_bytes(program, runs)
     sent: Counter[str] = Counter()
     ici = 0.0
-    for one in program.collectives(runs, mesh.size):
+    for one in collectives(program, runs, mesh.size):
         sent[one.kind] += one.runs * one.bytes
         slowest = min(topology.bandwidth(mesh.devices.flat[list(group)]) for group in one.groups)
         ici += one.runs * one.bytes / slowest
@@ -355,11 +355,11 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
         fits=True,
         hbm=hbm,
         needed=sum(hbm.values()),
-        flops=flops,
+        flops=work,
         hbm_traffic=traffic,
         sent=dict(sent),
         seconds={
-            "compute": flops / (chip.flops * topology.share),
+            "compute": work / (chip.flops * topology.share),
             "hbm": traffic / (chip.hbm_bandwidth * topology.share),
             "ici": ici,
         },

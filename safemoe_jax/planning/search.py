@@ -36,6 +36,10 @@ class Candidate:
     hours: float | None
 
     @property
+    def label(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.changes.items()) or "as it is"
+
+    @property
     def order(self) -> float:
         return float("inf") if self.hours is None else self.hours
 
@@ -66,12 +70,12 @@ def search(config: Config, spec: ModelSpec, topology: Topology) -> list[Candidat
 
 def _try(config: Config, variant: Config, spec: ModelSpec, topology: Topology) -> Candidate:
     changes = dict(_changes(config, variant))
-    label = ", ".join(f"{key}={value}" for key, value in changes.items()) or "as it is"
     try:
         found = plan(variant, spec, topology, TRAINING)
     except UserError as error:
-        console.print(f"{label}: {error}")
-        return Candidate(changes, None, None)
+        candidate = Candidate(changes, None, None)
+        console.print(f"{candidate.label}: {error}")
+        return candidate
     hours = None
     if found.fits:
         hours = sum(
@@ -79,8 +83,11 @@ def _try(config: Config, variant: Config, spec: ModelSpec, topology: Topology) -
             / getattr(variant.train, stage).rows * one.bound / 3600
             for stage, one in zip(("experts", "router"), found.figures, strict=True)
         )  # fmt: skip
-    console.print(f"{label}: {'does not fit' if hours is None else f'{hours:.3f} h'}")
-    return Candidate(changes, found, hours)
+    candidate = Candidate(changes, found, hours)
+    console.print(
+        f"{candidate.label}: {'does not fit' if hours is None else f'{hours:.4f} hours at least'}"
+    )
+    return candidate
 
 
 def _meshes(config: Config, topology: Topology) -> Iterator[Config]:
