@@ -5,6 +5,7 @@ Jouppi et al., "TPU v4", arXiv 2304.01433, table 4. They are the maker's, not me
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -59,14 +60,14 @@ class Topology:
       chip: its chips.
       shape: chips along each axis.
       devices: JAX's compile-only devices. A v4 or tpu7x chip is two of them.
-      compiler: the version of the compiler, as it calls itself.
+      libtpu: the version of the compiler.
     """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
     devices: Sequence[Any]
-    compiler: str
+    libtpu: str
 
     @property
     def num_chips(self) -> int:
@@ -124,4 +125,4 @@ def get_topology(name: str) -> Topology:
             f"{name} is no slice that can be had ({reason}); a {match[1]} slice has "
             f"{chip.dimensions} axes and up to {chip.pod} chips"
         ) from error
-    return Topology(name, chip, shape, found.devices, found.platform_version.splitlines()[0])
+    return Topology(name, chip, shape, found.devices, importlib.metadata.version("libtpu"))

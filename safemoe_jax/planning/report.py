@@ -28,8 +28,8 @@ COLUMNS = (
     "tokens/s",
 )
 NOTES = (
-    "HBM, FLOPs and bytes sent are a device's, tokens/s the slice's. Seconds are bounds, each at the "
-    "chip's public peak; MFU and tokens/s take the largest of the three, the others hidden behind "
+    "HBM, FLOPs and bytes sent are a device's, tokens/s the slice's. Seconds are bounds, each at "
+    "the chip's public peak; MFU and tokens/s take the largest of the three, the others hidden behind "
     "it. FLOPs are of the compiled program's matmuls, times the loops' trips, and of splash "
     "attention by arithmetic, since XLA does not count it. Rows are full, every token with loss."
 )
@@ -87,7 +87,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "devices": len(plan.topology.devices),
         "mesh": dataclasses.asdict(plan.config.mesh),
         "jax": jax.__version__,
-        "compiler": plan.topology.compiler,
+        "libtpu": plan.topology.libtpu,
         "parameters": plan.parameters,
         "fits": plan.fits,
         "functions": [_function(plan, one) for one in plan.figures],

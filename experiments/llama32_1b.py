@@ -1,0 +1,38 @@
+"""Llama-3.2-1B-Instruct with eight domains on a v5e-8: planned, never run.
+
+    safemoe plan --config experiments/llama32_1b.py --topology v5e:2x4
+
+Hardware: TPU v5e-8, 8 chips. The data is a file of JSON lines of your own, in `data.path`. Before
+it can be run, the base's rope scaling must be modelled, which it is not yet.
+
+PLANNED
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import pyrit
+
+
+def get_config() -> ConfigDict:
+    config = pyrit.get_config()
+    config.model.source = "meta-llama/Llama-3.2-1B-Instruct"
+    config.model.param_dtype = "bfloat16"
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+
+    config.data.corpus = "jsonl"
+    config.data.path = "data/harm.jsonl"
+    config.data.domains = (*pyrit.DOMAINS, "fraud")
+    config.data.sequence_length = 2048
+
+    config.optimizer.experts = pyrit.adamw(learning_rate=5e-4, warmup_steps=20)
+    config.optimizer.router = pyrit.adamw(learning_rate=1e-3, warmup_steps=20)
+    config.train.experts = pyrit.loop(steps=500, rows=2, validate_every=50, save_every=50)
+    config.train.router = pyrit.loop(steps=500, rows=16, validate_every=50, save_every=50)
+
+    config.mesh.fsdp = 8
+
+    config.evaluation.prompts_per_domain = 100
+    config.evaluation.max_new_tokens = 256
+    config.evaluation.batch_size = 64
+    return config
