@@ -84,7 +84,7 @@ def _traffic(program: Program, one: Instruction, computation: Computation) -> fl
     inputs = [computation[name] for name in one.operands if name in computation]
     if one.opcode == "fusion":
         (callee,) = one.called("calls")
-        return _fusion_traffic(one, inputs, program.computations[callee])
+        return _fusion_traffic(one, inputs, program.computations[callee], program.roots[callee])
     read = [sum(array.hbm_bytes for array in source.shape) for source in inputs]
     return _sliced(one, inputs, read)
 
@@ -93,6 +93,7 @@ def _fusion_traffic(
     fusion: Instruction,
     inputs: Sequence[Instruction],
     fused: Computation,
+    root: Instruction,
 ) -> float:
     users = defaultdict(list)
     for one in fused.values():
@@ -114,7 +115,6 @@ def _fusion_traffic(
             used = [_part_read(reader, name) for reader, name in readers(one.name)]
             part = math.inf if None in used else sum(used)
             total += min(whole, part)
-    root = list(fused.values())[-1]
     roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for result, array in zip(roots, fusion.shape, strict=False):
         while result.opcode == "bitcast" and result.operands[0] in fused:
@@ -170,13 +170,11 @@ def _flops(one: Instruction, computation: Computation) -> float:
     left, kernel = (computation[name].shape[0].sizes for name in one.operands[:2])
     out = one.shape[0].sizes
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
-    (batch, features), (inputs, spatial) = (
-        [out[labels[3].index(letter)] for letter in "bf"],
-        (kernel[labels[2].index("i")], [x for x in labels[1] if x.isdigit()]),
-    )
+    batch, features = (out[labels[3].index(letter)] for letter in "bf")
+    inputs = kernel[labels[2].index("i")]
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", _window(one.rest)))
     places = 1
-    for number, axis in enumerate(sorted(spatial)):
+    for number, axis in enumerate(sorted(filter(str.isdigit, labels[1]))):
         places *= _valid_places(
             left[labels[1].index(axis)],
             kernel[labels[2].index(axis)],

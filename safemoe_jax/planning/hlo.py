@@ -77,24 +77,30 @@ class Program:
     Attributes:
       computations: by name, callees before callers; each has its instructions by name.
       entry: the name of the first that runs.
+      roots: by computation, the instruction that gives its result.
     """
 
     computations: dict[str, Computation]
     entry: str
+    roots: dict[str, Instruction]
 
     @classmethod
     def parse(cls, text: str) -> "Program":
         """Reads `jax.stages.Compiled.as_text()`."""
         computations: dict[str, Computation] = {}
-        entry = ""
+        roots: dict[str, Instruction] = {}
+        name = entry = ""
         for line in text.splitlines():
             if header := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-                computations[header[2]] = current = {}
-                entry = header[2] if header[1] else entry
-            elif match := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
-                instruction = _instruction(match[1], line[match.end() :])
-                current[instruction.name] = instruction
-        return cls(computations, entry)
+                name = header[2]
+                computations[name] = {}
+                entry = name if header[1] else entry
+            elif match := re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line):
+                instruction = _instruction(match[2], line[match.end() :])
+                computations[name][instruction.name] = instruction
+                if match[1]:
+                    roots[name] = instruction
+        return cls(computations, entry, roots)
 
     def runs(self, unknown_trips: int = 1) -> Counter[str]:
         """How often each computation runs; a loop whose trips XLA does not know, `unknown_trips`
@@ -121,34 +127,25 @@ class Program:
     def _trips(self, loop: Instruction, around: Computation) -> int | None:
         """How often a loop runs that counts up to a constant; None for another."""
         (condition,), (body,) = loop.called("condition"), loop.called("body")
-        names = self.computations[condition]
-        test = list(names.values())[-1]
-        places = test.operands
-        if test.opcode == "fusion":  # a comparison of its parameters, in some order
-            inner = self.computations[test.called("calls")[0]]
-            test = list(inner.values())[-1]
-            if test.opcode == "compare":
-                places = [places[parameter_number(inner[name])] for name in test.operands]
+        tested, stepped, test = (
+            self.computations[condition],
+            self.computations[body],
+            self.roots[condition],
+        )
         if test.opcode != "compare" or "direction=LT" not in test.rest:
             return None
-        counter, limit = (names[name] for name in places)
-        last = _constant(limit, names)
-        if counter.opcode != "get-tuple-element" or last is None:
+        counter, limit = (tested[name] for name in test.operands)
+        if counter.opcode != "get-tuple-element":
             return None
         index = int(re.search(r"index=(\d+)", counter.rest)[1])
         first = _element(around[loop.operands[0]], index, around)
-        stepped = _element(
-            list(self.computations[body].values())[-1], index, self.computations[body]
-        )
-        start = _constant(first, around) if first else None
-        if start is None or stepped is None or stepped.opcode != "add":
+        following = _element(self.roots[body], index, stepped)
+        if first is None or following is None or following.opcode != "add":
             return None
-        steps = [
-            _constant(self.computations[body][name], self.computations[body])
-            for name in stepped.operands
-        ]
-        step = next((one for one in steps if one is not None), None)
-        return -(-(last - start) // step) if step else None
+        steps = [_constant(stepped[name], stepped) for name in following.operands]
+        start, stop = _constant(first, around), _constant(limit, tested)
+        step = next((one for one in steps if one), None)
+        return None if None in (start, stop, step) else -(-(stop - start) // step)
 
     def instructions(self) -> Iterator[tuple[str, Computation, Instruction]]:
         for name, computation in self.computations.items():

@@ -331,7 +331,7 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
     if (needed := sum(held.values())) > topology.room:  # its arguments alone are too much
         return Figures(job.name, job.tokens, False, held, needed, **share)
     try:
-        compiled = job.function.lower(*job.arguments).compile()
+        compiled = compile_job(job)
     except jax.errors.JaxRuntimeError as error:
         if not (asked := _asked(str(error))):
             raise
@@ -367,6 +367,11 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
     )
 
 
+def compile_job(job: Job) -> jax.stages.Compiled:
+    """A job's program for the devices that its arguments live on; the mesh must be set."""
+    return job.function.lower(*job.arguments).compile()
+
+
 def _held(job: Job) -> dict[str, float]:
     """Bytes of a job's arguments on a device, by part, before anything is compiled."""
     held: Counter[str] = Counter()
@@ -387,7 +392,6 @@ def _hbm(job: Job, program: Program, memory: Any) -> dict[str, float]:
     parts: Counter[str] = Counter()
     for path, array in program.parameters().items():
         parts[_part(job, path)] += array.padded_bytes
-    parts["batch"] += memory.argument_size_in_bytes - sum(parts.values())  # what has no path
     parts[job.results] += memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts[SCRATCH] += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return {part: parts[part] for part in PARTS if parts[part]}
