@@ -30,7 +30,7 @@ _FREE = {
 
 
 class Kernel(NamedTuple):
-    """One call of a Pallas kernel: its path in the program, operands and results, how often."""
+    """One call of a Pallas kernel: its name, operands, results and how often it runs."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -66,7 +66,7 @@ def hbm_bytes(program: Program, runs: Counter[str]) -> float:
 def kernels(program: Program, runs: Counter[str]) -> list[Kernel]:
     """Calls of Pallas kernels."""
     return [
-        Kernel(one.op_name, (*_inputs(one, computation), *one.shape), runs[name])
+        Kernel(one.name, (*_inputs(one, computation), *one.shape), runs[name])
         for name, computation, one in program.instructions()
         if one.opcode == "custom-call" and '"tpu_custom_call"' in one.rest
     ]
@@ -79,7 +79,9 @@ def _traffic(program: Program, one: Instruction, computation: Computation) -> fl
         return 0  # what it wraps is counted where it stands
     if one.opcode == "custom-call" and '"tpu_custom_call"' not in one.rest:
         return 0  # room for a buffer, another view of one
-    if one.opcode.endswith("-start"):  # (what is read, what is written, flags)
+    if one.opcode == "slice-start":  # (all, the slice, flags)
+        return min(one.shape[0].hbm_bytes, one.shape[1].bytes) + one.shape[1].hbm_bytes
+    if one.opcode.endswith("-start"):  # (what is read, what is written, flags), in either order
         return sum(array.hbm_bytes for array in one.shape[:2])
     inputs = [computation[name] for name in one.operands if name in computation]
     if one.opcode == "fusion":

@@ -34,7 +34,7 @@ from safemoe_jax.parallel.sharding import batch_shardings, shardings, whole_rows
 from safemoe_jax.planning.chips import Topology
 from safemoe_jax.planning.collectives import collectives
 from safemoe_jax.planning.counts import Kernel, flops, hbm_bytes, kernels
-from safemoe_jax.planning.hlo import Array, Program
+from safemoe_jax.planning.hlo import Program
 from safemoe_jax.run import jitted_step
 from safemoe_jax.training.losses import num_chunks
 from safemoe_jax.training.state import make_optimizer
@@ -333,7 +333,7 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
     try:
         compiled = compile_job(job)
     except jax.errors.JaxRuntimeError as error:
-        if not (asked := _asked(str(error))):
+        if not (asked := _asked(str(error), needed)):
             raise
         return Figures(job.name, job.tokens, False, held, asked, **share)
     program = Program.parse(compiled.as_text())
@@ -397,10 +397,15 @@ def _hbm(job: Job, program: Program, memory: Any) -> dict[str, float]:
     return {part: parts[part] for part in PARTS if parts[part]}
 
 
-def _asked(message: str) -> float | None:
-    """Bytes that a program asked for, of the compiler's message that there are not as many."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") if match else None
+def _asked(message: str, held: float) -> float | None:
+    """Bytes that a program needs, of the compiler's message that there are not as many."""
+    size = r"([\d.]+)([KMGT]?)"
+    everything = re.search(rf"Used {size} of [\d.]+[KMGT]? hbm", message)
+    match = everything or re.search(rf"HLO temporaries \({size}\) exceeds", message)
+    if not match:
+        return None
+    asked = float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
+    return asked if everything else held + asked
 
 
 def attention_flops(kernel: Kernel) -> float:
@@ -416,10 +421,8 @@ def attention_flops(kernel: Kernel) -> float:
     if not match:
         raise ValueError(f"how many FLOPs has the kernel {kernel.name}?")
     matmuls = {"fwd": 2, "dq": 3, "dkv": 4}[match[1]]
-    queries = max((array for array in kernel.arrays if len(array.sizes) == 4), key=_elements)
-    length, blocks = queries.sizes[2], queries.sizes[2] // splash_block(queries.sizes[2])
+    # Before them come the masks, which are whole numbers; a single row's axis may be missing.
+    queries = next(array for array in kernel.arrays if array.dtype.startswith(("bf", "f")))
+    length = queries.sizes[-2]
+    blocks = length // splash_block(length)
     return 2 * matmuls * queries.elements * length * (blocks + 1) / (2 * blocks)
-
-
-def _elements(array: Array) -> int:
-    return array.elements

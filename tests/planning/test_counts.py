@@ -111,6 +111,15 @@ def test_a_slice_counts_as_the_slice_and_what_is_on_chip_not_at_all():
 """,
     )
     assert copied == 6 * layer
+    prefetched = counted(
+        hbm_bytes,
+        """
+  %w = bf16[6,4,128]{2,1,0} parameter(0)
+  %s = (bf16[6,4,128]{2,1,0}, bf16[1,4,128]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:1]}
+  ROOT %d = bf16[1,4,128]{2,1,0:S(1)} slice-done(%s)
+""",  # noqa: E501
+    )
+    assert prefetched == layer
 
 
 def test_a_kernel_is_found_with_its_operands():
@@ -118,10 +127,10 @@ def test_a_kernel_is_found_with_its_operands():
         kernels,
         """
   %q = bf16[1,4,256,64]{3,2,1,0} parameter(0)
-  ROOT %o = bf16[1,4,256,64]{3,2,1,0} custom-call(%q), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/splash_mha_fwd"}
+  ROOT %splash_mha_fwd.2 = bf16[1,4,256,64]{3,2,1,0} custom-call(%q), custom_call_target="tpu_custom_call"
 """,  # noqa: E501
     )
-    assert kernel.name == "jit(f)/splash_mha_fwd"
+    assert kernel.name == "splash_mha_fwd.2"
     assert [array.sizes for array in kernel.arrays] == [(1, 4, 256, 64)] * 2
     assert kernel.runs == 1
 

@@ -122,17 +122,34 @@ def test_what_does_not_fit_says_so_before_it_is_compiled(topology):
         found.check()
 
 
-def test_the_compilers_own_refusal_is_read(topology, monkeypatch):
-    def refuse(job):
-        raise planning.jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
-            "hbm. Exceeded hbm capacity by 4.75G."
-        )
-
-    monkeypatch.setattr(planning, "compile_job", refuse)
-    found = planning.plan(tiny_config(), SPEC, topology, ("decode",))
-    assert found.figures[0].needed == 20.5 * 2**30
+def test_the_compilers_own_refusal_is_read(topology):
+    """Weights of 3 GiB a device fit; 64 rows of them at once without recomputation do not."""
+    config = tiny_config()
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sequence_length=2048),
+        train=dataclasses.replace(
+            config.train, experts=dataclasses.replace(config.train.experts, rows=512)
+        ),
+    )
+    deep = dataclasses.replace(SPEC, num_layers=40)
+    found = planning.plan(config, deep, topology, ("train-experts",))
+    (one,) = found.figures
     assert not found.fits
+    assert one.needed > sum(one.hbm.values()) + 15 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded", 20.5),
+        ("required for HLO temporaries (48.25G) exceeds available HBM (15.75G).", 1 + 48.25),
+        ("INTERNAL: the compiler is broken", None),
+    ],
+)
+def test_both_of_the_compilers_refusals_are_read(message, needed):
+    asked = planning._asked(message, held=2.0**30)
+    assert asked == (needed and needed * 2**30)
 
 
 def test_a_mesh_must_use_the_whole_slice(topology):
@@ -146,8 +163,9 @@ def test_a_mesh_must_use_the_whole_slice(topology):
 )
 def test_flops_of_splash_attention(name, matmuls):
     """Of 4 x 4 blocks of 512 those on and below the diagonal."""
-    arrays = (Array("bf16", (3, 8, 2048, 64), ""), Array("bf16", (3, 2, 2048, 64), ""))
-    kernel = Kernel(f"jit(f)/splash_mha_{name}", arrays, 1)
+    sizes = [("s8", (1, 4, 4)), ("bf16", (3, 8, 2048, 64)), ("bf16", (3, 2, 2048, 64))]
+    arrays = tuple(Array(*size, "") for size in [*sizes, ("f32", (3, 8, 2048, 128))])
+    kernel = Kernel(f"splash_mha_{name}.2", arrays, 1)
     assert planning.attention_flops(kernel) == 2 * matmuls * 3 * 8 * 10 * 512 * 512 * 64
 
 
