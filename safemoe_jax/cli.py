@@ -199,8 +199,10 @@ def _set_up_jax() -> None:
     import jax
 
     from safemoe_jax.fetch import cache_dir
-    from safemoe_jax.parallel.hosts import connect
+    from safemoe_jax.parallel.hosts import connect, has_tpu, use_compiler_alone
 
+    if not has_tpu():
+        use_compiler_alone()  # where libtpu is installed for `plan`
     connect()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))

@@ -8,7 +8,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.parallel.hosts import use_compiler_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +109,9 @@ def get_topology(name: str) -> Topology:
             "like v5e:4x4 (a v5e-16), v6e:4x4 or v5p:4x4x4 (a v5p-128, which counts cores)"
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
-    # libtpu would otherwise ask Google's metadata server which machine this is, and a second
-    # process that compiles would end at the first one's lock file.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not here; pip install 'safemoe-jax[tpu]' brings it")
+    use_compiler_alone()
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except (RuntimeError, ValueError) as error:
