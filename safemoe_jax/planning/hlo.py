@@ -31,11 +31,10 @@ class Array(NamedTuple):
         """As it lies in memory, its minor dimensions in whole tiles."""
         order, _, rest = self.layout.partition(":")
         tile = re.match(r"T\(([\d,]+)\)", rest)
-        if not tile or not order:
+        if not tile:
             return self.bytes
-        tile = ints(tile[1])
-        minor_first = [self.sizes[axis] for axis in ints(order)]
-        for axis, size in enumerate(reversed(tile)):
+        minor_first = [self.sizes[axis] for axis in ints(order)] or [1]
+        for axis, size in enumerate(reversed(ints(tile[1]))):
             if axis < len(minor_first):
                 minor_first[axis] = -(-minor_first[axis] // size) * size
         return math.prod(minor_first) * _bits(self.dtype) / 8

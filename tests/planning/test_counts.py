@@ -30,6 +30,10 @@ def test_what_an_array_takes_in_whole_tiles(layout, padded):
     assert Array("f32", (7, 256, 16), layout).padded_bytes == padded
 
 
+def test_a_number_takes_a_tile():
+    assert Array("s32", (), ":T(128)").padded_bytes == 512
+
+
 def test_flops_of_a_dot():
     assert counted(
         flops,
