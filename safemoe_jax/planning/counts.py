@@ -38,7 +38,10 @@ class Kernel(NamedTuple):
 
 
 def flops(program: Program, runs: Counter[str]) -> float:
-    """FLOPs of matmuls and convolutions, a multiply and an add counting two."""
+    """FLOPs: additions and multiplications, in matmuls and one by one.
+
+    A matmul of a single row may be compiled to a product and a sum, hence the latter.
+    """
     return sum(
         runs[name] * _flops(one, computation) for name, computation, one in program.instructions()
     )
@@ -166,6 +169,10 @@ def _flops(one: Instruction, computation: Computation) -> float:
         contracted = ints(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1])
         left = computation[one.operands[0]].shape[0].sizes
         return 2 * one.shape[0].elements * math.prod(left[axis] for axis in contracted)
+    if one.opcode in ("add", "multiply", "subtract") and one.shape[0].is_float:
+        return one.shape[0].elements
+    if one.opcode == "reduce" and one.shape[0].is_float:
+        return computation[one.operands[0]].shape[0].elements
     if one.opcode != "convolution":
         return 0
     # On TPUs a matmul is a convolution; its batch is a window of which most places are padding.

@@ -22,6 +22,10 @@ class Array(NamedTuple):
         return math.prod(self.sizes)
 
     @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("f", "bf"))
+
+    @property
     def bytes(self) -> float:
         """Without the layout's padding."""
         return self.elements * _bits(self.dtype) / 8

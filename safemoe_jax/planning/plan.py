@@ -78,7 +78,7 @@ class Figures:
       fits: whether the compiler found room for it.
       hbm: bytes by part. Where it does not fit: of the arguments, and what was asked for in all.
       needed: bytes in all.
-      flops: of matmuls and attention kernels, recomputation included.
+      flops: additions and multiplications, attention kernels' and recomputation included.
       useful_flops: this device's share of the job's.
       hbm_traffic: bytes.
       sent: bytes by kind of collective.
@@ -422,7 +422,7 @@ def attention_flops(kernel: Kernel) -> float:
         raise ValueError(f"how many FLOPs has the kernel {kernel.name}?")
     matmuls = {"fwd": 2, "dq": 3, "dkv": 4}[match[1]]
     # Before them come the masks, which are whole numbers; a single row's axis may be missing.
-    queries = next(array for array in kernel.arrays if array.dtype.startswith(("bf", "f")))
+    queries = next(array for array in kernel.arrays if array.is_float)
     length = queries.sizes[-2]
     blocks = length // splash_block(length)
     return 2 * matmuls * queries.elements * length * (blocks + 1) / (2 * blocks)

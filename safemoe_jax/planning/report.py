@@ -30,8 +30,8 @@ COLUMNS = (
 NOTES = (
     "HBM, FLOPs and bytes sent are a device's, tokens/s the slice's. Seconds are bounds, each at "
     "the chip's public peak; MFU and tokens/s take the largest of the three, the others hidden "
-    "behind it. FLOPs are of the compiled program's matmuls, times the loops' trips, and of splash "
-    "attention by arithmetic, since XLA does not count it. Rows are full, every token with loss."
+    "behind it. FLOPs are the compiled program's, times the loops' trips, and splash attention's "
+    "by arithmetic, since XLA does not count it. Rows are full, every token with loss."
 )
 
 

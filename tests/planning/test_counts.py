@@ -56,6 +56,19 @@ def test_flops_of_a_matmul_that_is_a_convolution():
     ) == (2 * 512 * 256 * 128)
 
 
+def test_flops_of_a_matmul_that_is_a_product_and_a_sum():
+    assert counted(
+        flops,
+        """
+  %a = f32[16,32]{1,0} parameter(0)
+  %b = f32[16,32]{1,0} parameter(1)
+  %zero = f32[] constant(0)
+  %ab = f32[16,32]{1,0} multiply(%a, %b)
+  ROOT %c = f32[16]{0} reduce(%ab, %zero), dimensions={1}, to_apply=%add
+""",
+    ) == (2 * 16 * 32)
+
+
 def test_a_batch_that_is_a_window_counts_without_its_padding():
     """Eight matmuls [7, 11] x [11, 13]: of 8 x 8 places, those on the diagonal are no padding."""
     assert counted(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from safemoe_jax.planning.counts import Kernel, flops
 from safemoe_jax.planning.hlo import Array, Program
 from safemoe_jax.planning.search import search
 
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "llama32_1b.py"
 LAYERS = 3
 SPEC = ModelSpec(
     vocab_size=512,
@@ -82,7 +84,7 @@ def test_memory_is_the_compilers_part_by_part(planned):
     experts = 4 * plan.parameters["experts"] / 4
     train = by_name["train-experts"]
     assert train["experts"] >= experts
-    assert train["best"] == train["experts"]
+    assert train["best"] == pytest.approx(train["experts"], rel=0.01)
     assert train["optimizer"] == pytest.approx(2 * train["experts"], rel=0.01)
     assert by_name["train-gate"]["experts"] == train["experts"]
     cache = 2 * 2 * LAYERS * 1 * (256 + 64) * 128  # keys and values of one row a device
@@ -95,8 +97,8 @@ def test_flops_counted_once_are_xlas_own(planned):
     for name, program in compiled.items():
         parsed = Program.parse(program.as_text())
         once = flops(parsed, Counter(dict.fromkeys(parsed.computations, 1)))
-        # Its count has what is done element by element, too.
-        assert 0.8 < once / program.cost_analysis()["flops"] <= 1.0, name
+        # Its count has comparisons and the like, too.
+        assert 0.9 < once / program.cost_analysis()["flops"] <= 1.0, name
 
 
 def test_flops_with_trips_are_the_arithmetic_of_the_model(planned, topology):
@@ -211,7 +213,7 @@ def test_the_command_says_whether_it_fits(fits, tmp_path, monkeypatch, capsys):
     page = tmp_path / "plan.html"
     code = cli.main(
         [
-            *("plan", "--config", "experiments/llama32_1b.py", "--topology", "v5e:2x2"),
+            *("plan", "--config", str(EXPERIMENT), "--topology", "v5e:2x2"),
             *("--json", str(path), "--picture", str(page)),
         ]
     )
