@@ -18,12 +18,12 @@ from safemoe_jax.progress import console
 
 COLUMNS = (
     "function",
-    "HBM, GiB",
+    "HBM GiB",
     "TFLOPs",
-    "sent, GB",
-    "compute, s",
-    "HBM, s",
-    "ICI, s",
+    "sent GB",
+    "compute s",
+    "HBM s",
+    "ICI s",
     "MFU",
     "tokens/s",
 )
@@ -54,13 +54,15 @@ def show(plan: Plan) -> None:
         if one.sent:
             kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in one.sent.items())
             console.print(f"{one.name}: a device sends {kinds}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=NOTES)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "function" else "right")
+        table.add_column(column, justify="left" if column == "function" else "right", no_wrap=True)
     for one in plan.figures:
         if one.fits:
             table.add_row(*cells(plan, one))
-    console.print(table)
+    if any(one.fits for one in plan.figures):
+        console.print(table)
+    console.print(NOTES)
     for what, hours in plan.hours.items():
         console.print(f"{what}: {hours:.3f} hours at least")
 

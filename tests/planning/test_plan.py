@@ -94,11 +94,11 @@ def test_memory_is_the_compilers_part_by_part(planned):
 
 def test_flops_counted_once_are_xlas_own(planned):
     _, compiled = planned
-    for name, program in compiled.items():
-        parsed = Program.parse(program.as_text())
+    for name in ("train-experts", "train-gate", "prefill"):
+        parsed = Program.parse(compiled[name].as_text())
         once = flops(parsed, Counter(dict.fromkeys(parsed.computations, 1)))
-        # Its count has comparisons and the like, too.
-        assert 0.9 < once / program.cost_analysis()["flops"] <= 1.0, name
+        # Its count has comparisons and the like, too: half of it in a decode step as small as this.
+        assert 0.95 < once / compiled[name].cost_analysis()["flops"] <= 1.0, name
 
 
 def test_flops_with_trips_are_the_arithmetic_of_the_model(planned, topology):
