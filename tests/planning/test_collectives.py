@@ -91,8 +91,9 @@ def test_bytes_of_each_kind_and_how_often():
     """A ring's lower bounds; an exchange among one device moves nothing, one that is written as
     beginning and end counts once, and what is in a loop as often as the loop runs: 0, 2, .. 10."""
     program = Program.parse(TEXT)
-    found = {one.kind: one for one in collectives(program, program.runs(), num_devices=8)}
-    assert len(found) == 5
+    listed = collectives(program, program.runs(), num_devices=8)
+    assert len(listed) == 5
+    found = {one.kind: one for one in listed}
     assert {kind: (one.bytes, one.runs) for kind, one in found.items()} == {
         "all-gather": (4 * 256 * 2 * 3 / 4, 6),
         "all-reduce": (2 * 128 * 4 / 2, 6),
