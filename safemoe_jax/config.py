@@ -41,8 +41,9 @@ class DataConfig:
     """The corpora and how they become packed rows.
 
     Attributes:
-      corpus: "pyrit" (embedded) or "jsonl" (the file or directory in `path`).
-      path: the JSON-lines file or directory of the "jsonl" corpus; empty otherwise.
+      corpus: "pyrit" (embedded), "jsonl" (the file or directory in `path`), or "beavertails" (the
+        hub's 330k_train, or a local file of its format in `path`; CC BY-NC 4.0).
+      path: the corpus' file or directory; empty for one that is fetched.
       domains: harm domains in order; one expert each. Rows of other domains are dropped, counted.
       sequence_length: tokens in a packed row.
       unsafe_min_score: mean human harm score in [0, 1] from which a row is `unsafe`.
@@ -50,7 +51,7 @@ class DataConfig:
       informative_min_characters: shortest safe answer that may enter the safe-informative set.
     """
 
-    corpus: Literal["pyrit", "jsonl"]
+    corpus: Literal["pyrit", "jsonl", "beavertails"]
     path: str
     domains: tuple[str, ...]
     sequence_length: int
@@ -70,6 +71,18 @@ class ExpertsConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsSection(ExpertsConfig):
+    """The experts and where they come from.
+
+    Attributes:
+      source: "" trains them in stage one; else a directory that `safemoe import` wrote, whose
+        targets, rank and alpha are then those to give here.
+    """
+
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +158,9 @@ class EvaluationConfig:
     Attributes:
       systems: systems compared, of "base", "safemoe", "uniform", "safe_lora".
       prompts_per_domain: held-out prompts per domain; 0 takes all.
+      benchmarks: published sets that are asked besides, by name (docs/benchmarks.md), or
+        "NAME=PATH" for a local copy.
+      prompts_per_benchmark: prompts of each at most; 0 takes all.
       max_new_tokens: longest answer.
       temperature: 0 decodes greedily.
       top_p: nucleus kept when sampling.
@@ -156,6 +172,8 @@ class EvaluationConfig:
 
     systems: tuple[str, ...]
     prompts_per_domain: int
+    benchmarks: tuple[str, ...]
+    prompts_per_benchmark: int
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -183,7 +201,7 @@ class Config:
     seed: int
     model: ModelConfig
     data: DataConfig
-    experts: ExpertsConfig
+    experts: ExpertsSection
     router: RouterConfig
     optimizer: OptimizerConfig
     train: TrainConfigs
@@ -288,8 +306,12 @@ def _check(config: Config) -> None:
             f"config.data.safe_max_score is {config.data.safe_max_score}, not below "
             f"unsafe_min_score {config.data.unsafe_min_score}; a row cannot be both"
         )
-    if (config.data.corpus == "jsonl") != bool(config.data.path):
+    needs_path = {"pyrit": False, "jsonl": True}.get(config.data.corpus)
+    if needs_path is not None and needs_path != bool(config.data.path):
         raise UserError(
             f"config.data.path is {config.data.path!r} with corpus {config.data.corpus!r}; "
-            'set a path with corpus "jsonl" and only there'
+            'set a path with corpus "jsonl", none with "pyrit"'
         )
+    for key in ("prompts_per_domain", "prompts_per_benchmark"):
+        if (value := getattr(config.evaluation, key)) < 0:
+            raise UserError(f"config.evaluation.{key} is {value}; 0 takes all, or name a number")

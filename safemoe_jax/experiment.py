@@ -22,6 +22,7 @@ from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import check_divides, make_mesh
 from safemoe_jax.parallel.sharding import shardings, with_shardings
+from safemoe_jax.remote import local_copy
 from safemoe_jax.training.state import (
     TrainState,
     init_expert_state,
@@ -29,6 +30,7 @@ from safemoe_jax.training.state import (
     state_shardings,
 )
 from safemoe_jax.weights.base import BaseModel, load_base
+from safemoe_jax.weights.imported import Imported, read_imported
 from safemoe_jax.workdir import Workdir
 
 
@@ -55,6 +57,13 @@ class Experiment:
     @cached_property
     def corpus(self) -> Corpus:
         return load_corpus(self.config.data, self.workdir.data)
+
+    @cached_property
+    def imported(self) -> Imported | None:
+        """The experts, where the config takes them from elsewhere and trains none."""
+        if not (source := self.config.experts.source):
+            return None
+        return read_imported(local_copy(source), self.base.identity, self.config, self.base.spec)
 
     @cached_property
     def model(self) -> Transformer:

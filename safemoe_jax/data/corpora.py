@@ -23,6 +23,7 @@ from absl import logging as absl_logging
 
 from safemoe_jax.config import DataConfig
 from safemoe_jax.data import rules, splits
+from safemoe_jax.data.beavertails import BeaverTailsSource
 from safemoe_jax.data.sources import (
     JsonlSource,
     Label,
@@ -145,11 +146,7 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
                 f"config.data.domains names {domain!r}: no expert is trained on it ({reason}); "
                 "take it out"
             )
-    source: Source
-    if config.corpus == "pyrit":
-        source = PyritSource(config.unsafe_min_score, config.safe_max_score)
-    else:
-        source = JsonlSource(local_copy(config.path))
+    source = _source(config)
     fingerprint = _fingerprint(config, source)
     data_dir.mkdir(parents=True, exist_ok=True)
     data_dir.chmod(0o700)
@@ -174,6 +171,14 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
         domains=config.domains,
         source=source,
     )
+
+
+def _source(config: DataConfig) -> Source:
+    if config.corpus == "pyrit":
+        return PyritSource(config.unsafe_min_score, config.safe_max_score)
+    if config.corpus == "beavertails":
+        return BeaverTailsSource(local_copy(config.path) if config.path else None)
+    return JsonlSource(local_copy(config.path))
 
 
 def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
@@ -306,7 +311,11 @@ class Jsonl(_CorpusBuilder):
     """Labelled conversations from JSON lines."""
 
 
-_BUILDERS = {"pyrit": Pyrit, "jsonl": Jsonl}
+class BeaverTails(_CorpusBuilder):
+    """Answers under fourteen kinds of harm (CC BY-NC 4.0)."""
+
+
+_BUILDERS = {"pyrit": Pyrit, "jsonl": Jsonl, "beavertails": BeaverTails}
 
 
 def _config(fingerprint: str) -> tfds.core.BuilderConfig:

@@ -56,12 +56,19 @@ _WEAPONS = re.compile(
     | nerve\s+(gas|agent)(es|s)?
     | (mustard|phosgene|chlorine|cyanide|cyanogen|poison(ous)?|toxic|lethal|deadly)\s+gas(es|ses)?
     | phosgene | lewisite | hydrogen\s+cyanide | blister(ing)?\s+agents? | chemical\s+agents?
-    | ricin | abrin | botulin\w* | anthrax | smallpox | ebola | tularemia
+    | ricin | abrin | botulin\w* | anthrax | smallpox | ebola | marburg | tularemia | yersinia
+    | (tetrodo|saxi|batracho|cono|epsilon\s)toxins? | chloropicrin
+    | antibiotic-resistan\w* | resistan(t|ce)\s+to\s+antibiotics
+    | (chemical|biological)\s+(or\s+\w+\s+)?synthesis
+    | (spread|releas|aerosoli[sz]|dispers)\w*\s+(\w+\s+){0,3}(virus|bacteri|pathogen|germ)\w*\s+
+      (in|at|on|among|across|over)\s+(\w+\s+){0,2}
+      (subway|metro|train|airport|air|water|city|crowd|public|population|hospital)s?
+    | poison\w*\s+([\w']+\s+){0,3}((water|food)\s+suppl(y|ies)|reservoirs?|waterworks)
     | bio-?weapon\w* | bio-?terror\w* | biological\s+agents? | gain[\s-]of[\s-]function
     | (weaponi[sz]\w*|engineer\w*|synthesi[sz]\w*|lethal|deadly)\s+(\w+\s+){0,2}
       (virus|bacteri|pathogen|toxin)\w*
-    | (chemical|biological|radiological|nuclear|atomic|thermonuclear|hydrogen|dirty|neutron|bio
-      |germ)[\s-]+(\w+[\s-]+)?(weapon\w*|warfare|bombs?|warheads?|attacks?|devices?|explosives?|terroris\w*)
+    | (chemical|biochemical|biological|radiological|nuclear|atomic|thermonuclear|hydrogen|dirty
+      |neutron|bio|germ)[\s-]+(\w+[\s-]+)?(weapon\w*|warfare|bombs?|warheads?|attacks?|devices?|explosives?|terroris\w*)
     | weapons?\s+of\s+mass\s+destruction | wmds? | cbrn | nukes? | mass[\s-]casualty
     | (enrich\w*|weapons?-?\s?grade)\s+(uranium|plutonium) | uranium\s+enrich\w* | plutonium
     | critical\s+mass | (c[ae]esium|cobalt|polonium)-?\s?\d+
@@ -99,12 +106,16 @@ def _plain(text: str) -> str:
     return fold(text.translate(_PLAIN))
 
 
+def category(name: str) -> str:
+    """A harm category's name as a domain: lower case, its words joined by underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
 def hazardous_domain(domain: str) -> str | None:
     """Why no row of a category may train anything, or None."""
-    category = re.sub(r"[^a-z0-9]+", "_", domain.lower()).strip("_")
-    if category in CHILD_ABUSE_DOMAINS:
+    if category(domain) in CHILD_ABUSE_DOMAINS:
         return "minors_sexual"
-    return "mass_destruction_weapons" if category in WEAPON_DOMAINS else None
+    return "mass_destruction_weapons" if category(domain) in WEAPON_DOMAINS else None
 
 
 def hazard(domain: str, *texts: str) -> str | None:

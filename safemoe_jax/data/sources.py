@@ -14,8 +14,8 @@ from safemoe_jax.fetch import file_sha256, wheel_member
 
 Label = Literal["unsafe", "safe"]
 
-_PYRIT = "pyrit==1.1.0"
-_PYRIT_SHA256 = "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a"
+PYRIT = "pyrit==1.1.0"
+PYRIT_SHA256 = "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a"
 _SCORER_EVALS = "pyrit/datasets/scorer_evals"
 _PYRIT_HARM = {
     "exploits": ("exploits",),
@@ -67,7 +67,7 @@ class PyritSource:
     in a domain is one row with the mean of its scores.
     """
 
-    sha256 = _PYRIT_SHA256
+    sha256 = PYRIT_SHA256
 
     def __init__(self, unsafe_min_score: float, safe_max_score: float) -> None:
         """A score from `unsafe_min_score` is unsafe, one up to `safe_max_score` safe."""
@@ -90,7 +90,7 @@ class PyritSource:
                     response=response,
                     domain=domain,
                     label=self._label(sum(values) / len(values)),
-                    source=f"{_PYRIT} harm/{domain}",
+                    source=f"{PYRIT} harm/{domain}",
                 )
 
     def _label(self, score: float) -> Label | None:
@@ -108,7 +108,7 @@ def pyrit_scores(name: str) -> Iterator[tuple[str, str, float] | Reject]:
     Yields:
       (prompt, answer, mean of the human scores, in [0, 1]), or why a row has none of these.
     """
-    wheel = wheel_member(_PYRIT, None, wheel_sha256=_PYRIT_SHA256)
+    wheel = wheel_member(PYRIT, None, wheel_sha256=PYRIT_SHA256)
     with zipfile.ZipFile(wheel) as archive, archive.open(f"{_SCORER_EVALS}/{name}") as file:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         above, header = next(
@@ -133,7 +133,7 @@ def pyrit_scores(name: str) -> Iterator[tuple[str, str, float] | Reject]:
 
 def pyrit_tables(folder: str) -> list[str]:
     """Names of the tables in a folder of the scorer evaluations, for `pyrit_scores`."""
-    wheel = wheel_member(_PYRIT, None, wheel_sha256=_PYRIT_SHA256)
+    wheel = wheel_member(PYRIT, None, wheel_sha256=PYRIT_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(archive.namelist())
     prefix = f"{_SCORER_EVALS}/"
@@ -172,6 +172,32 @@ class JsonlSource:
                         yield Reject(path.name, number, _reason(error))
 
 
+def read_prompts(path: Path) -> list[tuple[dict[str, str], ...]]:
+    """Conversations to answer, each ending with a user turn.
+
+    Args:
+      path: a text file with a prompt a line, or a .jsonl file with `prompt` or `messages` in each
+        line, whatever else is there.
+
+    Raises:
+      UserError: naming the line that holds none, without its text.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file; give one with a prompt a line, or a .jsonl file")
+    prompts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.decode()}
+            prompts.append(_messages(value))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: {_reason(error)}; correct it") from error
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
 def _reason(error: Exception) -> str:
     """Why a line was rejected, without its text, which errors of the JSON and codecs quote."""
     if isinstance(error, UnicodeError):
@@ -183,18 +209,14 @@ def _reason(error: Exception) -> str:
 
 def _parse(value: Any) -> Row:
     """Checks one object; a ValueError says what is wrong with it."""
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    if ("prompt" in value) == ("messages" in value):
-        raise ValueError("needs either prompt or messages")
-    for key in ("response", "domain", "source", *(["prompt"] if "prompt" in value else [])):
+    messages = _messages(value)
+    for key in ("response", "domain", "source"):
         if not isinstance(value.get(key), str) or not value[key].strip():
             raise ValueError(f"{key} is missing, empty or not text")
     if value.get("label") not in ("unsafe", "safe"):
         raise ValueError("label is neither unsafe nor safe")
-    messages = value.get("messages", [{"role": "user", "content": value.get("prompt")}])
     row = Row(
-        messages=_turns(messages),
+        messages=messages,
         response=value["response"],
         domain=value["domain"],
         label=value["label"],
@@ -204,6 +226,19 @@ def _parse(value: Any) -> Row:
     for text in (row.response, row.domain, row.source, *(m["content"] for m in row.messages)):
         text.encode()
     return row
+
+
+def _messages(value: Any) -> tuple[dict[str, str], ...]:
+    """The turns of one object; a ValueError says what is wrong with them."""
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    if ("prompt" in value) == ("messages" in value):
+        raise ValueError("needs either prompt or messages")
+    if "messages" in value:
+        return _turns(value["messages"])
+    if not isinstance(value["prompt"], str) or not value["prompt"].strip():
+        raise ValueError("prompt is missing, empty or not text")
+    return ({"role": "user", "content": value["prompt"]},)
 
 
 def _turns(messages: Any) -> tuple[dict[str, str], ...]:

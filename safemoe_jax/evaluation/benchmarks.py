@@ -2,9 +2,14 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
+from safemoe_jax.data import rules, splits
 from safemoe_jax.data.corpora import Example
+from safemoe_jax.evaluation.prompt_sets import Named, Question, questions
+
+HELD_OUT = "held_out"  # the benchmark of the corpus' own test split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +21,9 @@ class Prompt:
       benchmark: the benchmark's name.
       domain: harm category.
       messages: turns with "role" and "content"; the last is the user's.
-      group: prompts that are not independent of each other share it.
+      group: prompts of a benchmark that are not independent of each other share it.
+      harmful: whether it asks for harm, so that a refusal is safe; else a refusal is over-refusal.
+      refusal_only: its answers are judged by refusal alone (`rules.hazard`).
       safe_answers: human safe-informative answers.
       harmful_answers: human-judged harmful answers.
     """
@@ -26,6 +33,8 @@ class Prompt:
     domain: str
     messages: tuple[dict[str, str], ...]
     group: int
+    harmful: bool
+    refusal_only: bool
     safe_answers: tuple[str, ...]
     harmful_answers: tuple[str, ...]
 
@@ -56,15 +65,88 @@ def held_out(
             prompts.append(
                 Prompt(
                     id=digest,
-                    benchmark="held_out",
+                    benchmark=HELD_OUT,
                     domain=domain,
                     messages=rows[0].messages,
                     group=rows[0].group,
+                    harmful=True,
+                    refusal_only=False,  # no corpus keeps such rows
                     safe_answers=tuple(r.response for r in rows if r.informative),
                     harmful_answers=tuple(r.response for r in rows if r.label == "unsafe"),
                 )
             )
     return prompts
+
+
+def ask(
+    sets: Sequence[Named], taught: Collection[str], prompts_per_benchmark: int
+) -> tuple[list[Prompt], dict[str, dict[str, Any]]]:
+    """The prompts of published sets that nothing here was taught.
+
+    A prompt is left out where it, or a near-duplicate of it (`splits.group`), trained experts or
+    router or taught the judge. A set that has harmful and benign prompts becomes two benchmarks,
+    NAME_harmful and NAME_benign: what a refusal means differs.
+
+    Args:
+      sets: `prompt_sets.resolve`.
+      taught: prompts of everything that models and judge learnt from.
+      prompts_per_benchmark: how many of each at most; 0 takes all. Which ones does not depend on
+        their order in the files: they are sorted by the hash of their text.
+
+    Returns:
+      prompts, benchmark by benchmark, and what there is to know about each benchmark: license,
+      expectation, how many prompts are asked and how many not, and why.
+
+    Raises:
+      UserError: where a set's files cannot be had or read.
+    """
+    prompts: list[Prompt] = []
+    facts: dict[str, dict[str, Any]] = {}
+    read = [(named, *questions(named)) for named in sets]
+    group_of = _groups(taught, [each.text for _, found, _ in read for each in found])
+    taken = {group_of[rules.fold(text)] for text in taught}
+    for named, found, left in read:
+        for harmful in sorted({question.harmful for question in found}, reverse=True):
+            kind = "harmful" if harmful else "benign"
+            mixed = not isinstance(named.set.harmful, bool)
+            name = f"{named.name}_{kind}" if mixed else named.name
+            mine = [question for question in found if question.harmful == harmful]
+            new = [q for q in mine if group_of[rules.fold(q.text)] not in taken]
+            asked = [_prompt(question, name, group_of) for question in new]
+            asked.sort(key=lambda prompt: prompt.id)
+            asked = asked[: prompts_per_benchmark or None]
+            prompts += asked
+            facts[name] = {
+                "license": named.set.license,
+                "expects": "refusal or a safe answer" if harmful else "an answer",
+                "prompts": len(mine),
+                "left_out_as_taught": len(mine) - len(new),
+                "asked": len(asked),
+                "by_refusal_alone": sum(prompt.refusal_only for prompt in asked),
+                "rows_left_out": dict(left),
+            }
+    return prompts, facts
+
+
+def _groups(*texts: Collection[str]) -> dict[str, int]:
+    """The number of each folded text's group of near-duplicates."""
+    folded = sorted({rules.fold(text) for part in texts for text in part})
+    return dict(zip(folded, splits.group(folded).tolist(), strict=True))
+
+
+def _prompt(question: Question, benchmark: str, group_of: dict[str, int]) -> Prompt:
+    messages = ({"role": "user", "content": question.text},)
+    return Prompt(
+        id=_digest(messages),
+        benchmark=benchmark,
+        domain=question.domain,
+        messages=messages,
+        group=group_of[rules.fold(question.text)],
+        harmful=question.harmful,
+        refusal_only=question.refusal_only,
+        safe_answers=(),
+        harmful_answers=(),
+    )
 
 
 def _digest(messages: Sequence[dict[str, str]]) -> str:

@@ -8,6 +8,7 @@ evaluation/results.json      rows (system, seed, split, benchmark, metric, n, va
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 from safemoe_jax.config import EvaluationConfig
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.evaluation import metrics
-from safemoe_jax.evaluation.benchmarks import Prompt
+from safemoe_jax.evaluation.benchmarks import HELD_OUT, Prompt
 from safemoe_jax.evaluation.judges import Judge
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.parallel.hosts import is_first
@@ -58,22 +59,26 @@ def answer_prompts(
 ) -> list[dict[str, Any]]:
     """Lets every system answer every prompt.
 
-    Answers that an interrupted call with the same settings left in `directory` are used again.
+    Answers that an interrupted call with the same settings left in `directory` are used again: a
+    system's to a benchmark, all of them or none.
 
     Returns:
-      rows of answers.jsonl without verdicts, system by system.
+      rows of answers.jsonl without verdicts, system by system, benchmark by benchmark.
     """
     path = directory / "generated.jsonl"
     rows: list[dict[str, Any]] = []
-    for system in systems:
-        key = _key(system.name, prompts, config, seed)
+    benchmarks: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        benchmarks.setdefault(prompt.benchmark, []).append(prompt)
+    for system, asked in itertools.product(systems, benchmarks.values()):
+        key = _key(system.name, asked, config, seed)
         # Asked again after a kill, a prompt may have two answers there; they are the same.
         # Several processes must ask alike, and do not see the file change at the same moment.
         stored = _read(path) if jax.process_count() == 1 else []
         kept = {(r["domain"], r["prompt_id"]): r for r in stored if r["key"] == key}
-        done = [kept.get((prompt.domain, prompt.id)) for prompt in prompts]
+        done = [kept.get((prompt.domain, prompt.id)) for prompt in asked]
         if None in done:
-            done = _answers(system, prompts, chat, config, seed, key)
+            done = _answers(system, asked, chat, config, seed, key)
             if is_first():
                 with _private(path, "a") as file:
                     # A line that a kill has cut short must not swallow the next one.
@@ -85,8 +90,16 @@ def answer_prompts(
 def judge_answers(
     rows: Sequence[dict[str, Any]], judge: Judge, seed: int, directory: Path
 ) -> list[dict[str, Any]]:
-    """Judges all answers and writes answers.jsonl -> rows of results.json."""
+    """Judges all answers and writes answers.jsonl -> rows of results.json.
+
+    Where refusal alone counts, a refusal is safe and all else is not, whatever the judge thinks:
+    such an answer is then nowhere shown whole, and informs nobody.
+    """
     verdicts = judge.judge([(row["messages"], row["response"]) for row in rows])
+    verdicts = [
+        dataclasses.replace(verdict, safe=verdict.refusal) if row["refusal_only"] else verdict
+        for row, verdict in zip(rows, verdicts, strict=True)
+    ]
     if is_first():
         with _private(directory / "answers.jsonl", "w") as file:
             for row, verdict in zip(rows, verdicts, strict=True):
@@ -94,15 +107,19 @@ def judge_answers(
                 file.write(json.dumps({**shown, "verdict": verdict.to_dict()}) + "\n")
         (directory / "generated.jsonl").unlink(missing_ok=True)
 
+    places: dict[tuple[str, str], list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault((row["benchmark"], row["system"]), []).append(place)
     results = []
-    for system in dict.fromkeys(row["system"] for row in rows):
-        mine = [i for i, row in enumerate(rows) if row["system"] == system]
+    for (benchmark, system), mine in places.items():
         results += metrics.rows(
             [verdicts[i] for i in mine],
             [rows[i]["domain"] for i in mine],
+            [rows[i]["refusal_only"] for i in mine],
             system=system,
             seed=seed,
-            benchmark=rows[mine[0]]["benchmark"],
+            benchmark=benchmark,
+            harmful=rows[mine[0]]["harmful"],
         )
     return results
 
@@ -128,7 +145,7 @@ def likelihood_rows(
             "nll_unsafe": (nll_unsafe, len(unsafe)),
             "nll_difference": (nll_unsafe - nll_safe, len(safe) + len(unsafe)),
         }
-        about = {"system": system.name, "seed": seed, "split": "all", "benchmark": "held_out"}
+        about = {"system": system.name, "seed": seed, "split": "all", "benchmark": HELD_OUT}
         rows += [
             {**about, "metric": metric, "n": n, "value": value, "low": None, "high": None}
             for metric, (value, n) in values.items()
@@ -193,7 +210,7 @@ def _answers(system, prompts, chat, config, seed, key) -> list[dict[str, Any]]:
         top_p=config.top_p,
         seed=seed,
         batch_size=config.batch_size,
-        description=f"answers of {system.name}",
+        description=f"answers of {system.name}, {prompts[0].benchmark}",
     )
     rows = []
     for prompt, generation in zip(prompts, generations, strict=True):
@@ -205,6 +222,8 @@ def _answers(system, prompts, chat, config, seed, key) -> list[dict[str, Any]]:
             "benchmark": prompt.benchmark,
             "prompt_id": prompt.id,
             "domain": prompt.domain,
+            "harmful": prompt.harmful,
+            "refusal_only": prompt.refusal_only,
             "messages": list(prompt.messages),
             "response": response,
             "sha256": hashlib.sha256(response.encode()).hexdigest(),
@@ -223,8 +242,8 @@ def _answers(system, prompts, chat, config, seed, key) -> list[dict[str, Any]]:
 
 def _key(system: str, prompts: Sequence[Prompt], config: EvaluationConfig, seed: int) -> str:
     generation = (config.max_new_tokens, config.temperature, config.top_p, seed)
-    text = json.dumps([system, [prompt.id for prompt in prompts], generation])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    asked = [(p.benchmark, p.id, p.harmful, p.refusal_only) for p in prompts]
+    return hashlib.sha256(json.dumps([system, asked, generation]).encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ Shape letters: E experts, L layers.
 import json
 import os
 import tempfile
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import figures
+from safemoe_jax.evaluation.benchmarks import HELD_OUT
 
 ANSWER_CHARACTERS = 80
 PROMPT_CHARACTERS = 160
@@ -44,6 +46,7 @@ METRICS = {
     "srr": "safe response rate",
     "isr": "informative safe rate",
     "refusal_rate": "refusals",
+    "over_refusal_rate": "over-refusals",
     "on_topic_rate": "on topic",
     "degenerate_rate": "degenerate",
     "nll_safe": "safe answers",
@@ -101,9 +104,8 @@ def write_report(workdir: Path, *, full: bool = False) -> Path:
     metrics = _json_lines(workdir / "metrics.jsonl")
     config, run = _json(workdir / "config.json"), _json(workdir / "run.json")
 
-    named = [*results["domains"], *(answer["domain"] for answer in answers)]
-    groups, by_domain = _split_by(set(named), _groups(results["rows"]))
-    likelihoods, likelihoods_by_domain = _split_by(set(named), _groups(results["nll"]))
+    groups, by_domain = _split(_groups(results["rows"]))
+    likelihoods, likelihoods_by_domain = _split(_groups(results["nll"]))
 
     environment = Environment(
         loader=PackageLoader("safemoe_jax.evaluation", "templates"),
@@ -121,13 +123,20 @@ def write_report(workdir: Path, *, full: bool = False) -> Path:
         metric_names=METRICS,
         failed=[row for row in results["validity"] if not row["passed"]],
         groups=groups,
-        by_domain=by_domain,
+        by_domain=[group for group in by_domain if group.benchmark == HELD_OUT],
+        held_out=HELD_OUT,
         likelihoods=likelihoods,
         likelihoods_by_domain=likelihoods_by_domain,
         stages=_stages(metrics, results["domains"]),
-        tradeoffs=[_tradeoff(group) for group in groups],
+        tradeoffs={group.benchmark: _tradeoff(group) for group in groups},
+        benchmarks={name: _readable(facts) for name, facts in results["benchmarks"].items()},
         prompts=_prompts(answers, full),
-        gates=_gates(answers, results["domains"], config["router"]["activation"], full),
+        gates=_gates(
+            [answer for answer in answers if answer["benchmark"] == HELD_OUT],
+            results["domains"],
+            config["router"]["activation"],
+            full,
+        ),
         provenance={
             "results": list(_flatten(results["provenance"])),
             "run": list(_flatten(run)),
@@ -149,8 +158,9 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
     Args:
       results: the contents of results.json.
     """
+    groups, _ = _split(_groups(results["rows"]))
     table = Table(
-        title="Held-out prompts",
+        title="Held-out prompts" if len(groups) == 1 else "Held-out prompts and benchmarks",
         caption="\n" + _caption(results),
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -159,15 +169,20 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
         show_edge=False,
     )
     valid = all(row["passed"] for row in results["validity"])
-    groups, _ = _split_by(results["domains"], _groups(results["rows"]))
-    whole, _ = _split_by(results["domains"], _groups(results["nll"]))
-    likelihoods = {label: cells for group in whole for _, label, _, cells in group.systems}
+    whole, _ = _split(_groups(results["nll"]))
+    likelihoods = {
+        (group.benchmark, label): cells for group in whole for _, label, _, cells in group.systems
+    }
     table.add_column("system", overflow="fold")
     for heading in ("n", *_TERMINAL.values()):
         table.add_column(heading, justify="right", overflow="fold")
     for group in groups:
+        if len(groups) > 1:
+            table.add_row(Text(group.benchmark.replace("_", " "), style="bold"))
         for _, label, n, cells in group.systems:
-            known = {**likelihoods.get(label, {}), **cells}
+            known = {**likelihoods.get((group.benchmark, label), {}), **cells}
+            if over := known.get("over_refusal_rate"):
+                known["refusal_rate"] = over  # in one column: a benchmark has one or the other
             texts = [_terminal_text(known.get(metric), metric, valid) for metric in _TERMINAL]
             table.add_row(label, str(n), *texts)
         table.add_section()
@@ -253,10 +268,10 @@ def _groups(rows: Sequence[Row]) -> list[Group]:
     return groups
 
 
-def _split_by(domains: Container[str], groups: list[Group]) -> tuple[list[Group], list[Group]]:
+def _split(groups: list[Group]) -> tuple[list[Group], list[Group]]:
     """Parts groups over all answers from those of one domain."""
-    whole = [group for group in groups if group.split not in domains]
-    return whole, [group for group in groups if group.split in domains]
+    whole = [group for group in groups if group.split == "all"]
+    return whole, [group for group in groups if group.split != "all"]
 
 
 def _label(system: str, seed: int, several_seeds: bool) -> str:
@@ -321,7 +336,7 @@ def _prompts(answers: Sequence[Row], full: bool) -> list[dict[str, Any]]:
     for answer in answers:
         prompt = prompts.setdefault(
             (answer["benchmark"], answer["prompt_id"]),
-            {"domain": answer["domain"], "text": _prompt_text(answer, full), "answers": []},
+            {"domain": _place(answer), "text": _prompt_text(answer, full), "answers": []},
         )
         hidden = not (full or answer["verdict"]["safe"])
         response = answer["response"]
@@ -339,9 +354,19 @@ def _prompts(answers: Sequence[Row], full: bool) -> list[dict[str, Any]]:
     return list(prompts.values())
 
 
+def _place(answer: Row) -> str:
+    """Where a prompt is from: its domain, and its benchmark where that has another name."""
+    benchmark, domain = answer["benchmark"], answer["domain"]
+    if benchmark == HELD_OUT:
+        return domain
+    return benchmark if domain in benchmark else f"{benchmark}: {domain}"
+
+
 def _tags(answer: Row) -> list[str]:
     verdict = answer["verdict"]
     tags = ["refusal"] if verdict["refusal"] else []
+    tags += [] if answer["harmful"] else ["benign prompt"]
+    tags += ["judged by refusal alone"] if answer["refusal_only"] else []
     tags += [] if verdict["on_topic"] else ["off topic"]
     tags += ["degenerate"] if verdict["degenerate"] else []
     return tags if answer["finished"] else [*tags, "cut by length"]

@@ -82,31 +82,32 @@ def dense_mixture(
 
 
 @jax.custom_vjp
-def frozen_dot(x_BTD: jax.Array, kernel_DO: jax.Array) -> jax.Array:
-    """x W in the type of x, for a W that is never trained.
+def frozen_dot(x_BTD: jax.Array, kernel_OD: jax.Array) -> jax.Array:
+    """x W in the type of x, for a W that is never trained and lies transposed.
 
     A cast inside the layer scan would be kept for the backward pass, a full copy of the base; here
     the backward pass repeats the cast, and no gradient of W exists.
     """
-    return jnp.einsum("BTD,DO->BTO", x_BTD, kernel_DO.astype(x_BTD.dtype))
+    return jnp.einsum("BTD,OD->BTO", x_BTD, kernel_OD.astype(x_BTD.dtype))
 
 
-def _frozen_dot_forward(x_BTD, kernel_DO):
-    return frozen_dot(x_BTD, kernel_DO), kernel_DO
+def _frozen_dot_forward(x_BTD, kernel_OD):
+    return frozen_dot(x_BTD, kernel_OD), kernel_OD
 
 
-def _frozen_dot_backward(kernel_DO, grad_BTO):
-    return jnp.einsum("BTO,DO->BTD", grad_BTO, kernel_DO.astype(grad_BTO.dtype)), None
+def _frozen_dot_backward(kernel_OD, grad_BTO):
+    return jnp.einsum("BTO,OD->BTD", grad_BTO, kernel_OD.astype(grad_BTO.dtype)), None
 
 
 frozen_dot.defvjp(_frozen_dot_forward, _frozen_dot_backward)
 
 
 class Projection(nn.Module):
-    """A frozen matmul [D, O] with E LoRA experts beside it, if its name is among the targets.
+    """A frozen matmul from D to O with E LoRA experts beside it, if its name is among the targets.
 
-    The base is in collection `params`, the experts in `experts`: A [E, D, R], drawn with variance
-    1 / D, and B [E, R, O], zero, so that an untrained expert changes nothing.
+    The base is in collection `params`, [O, D] as checkpoints hold it. The experts are in `experts`:
+    A [E, D, R], drawn with variance 1 / D, and B [E, R, O], zero, so that an untrained expert
+    changes nothing.
     """
 
     features: int
@@ -119,9 +120,10 @@ class Projection(nn.Module):
     def __call__(self, x_BTD: jax.Array, routing: OwnExpert | Gates | None) -> jax.Array:
         in_axis, out_axis = self.axes
         width = x_BTD.shape[-1]
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes)
-        kernel_DO = self.param("kernel", init, (width, self.features), self.param_dtype)
-        y_BTO = frozen_dot(x_BTD, kernel_DO)
+        init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+        init = nn.with_logical_partitioning(init, (out_axis, in_axis))
+        kernel_OD = self.param("kernel", init, (self.features, width), self.param_dtype)
+        y_BTO = frozen_dot(x_BTD, kernel_OD)
         if routing is None or self.name not in self.experts.targets:
             return checkpoint_name(y_BTO, PROJECTED)
 

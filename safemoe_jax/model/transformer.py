@@ -315,8 +315,7 @@ class Transformer(nn.Module):
         hidden_BTD = RMSNorm(spec.norm_eps, self.param_dtype, name="final_norm")(x_BTD)
         head_VD = embedding_VD
         if not spec.tie_embeddings:
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
-            head_VD = Table("kernel", init, shape[::-1], self.param_dtype, name="head")().T
+            head_VD = Table("kernel", init, shape, self.param_dtype, name="head")()
         new = Cache(
             k,
             v,

@@ -165,6 +165,8 @@ def plan(
 ) -> Plan:
     """Compiles an experiment's functions for a slice and reads what they need.
 
+    Experts that come from elsewhere (`experts.source`) need no step.
+
     Args:
       config: the experiment; its mesh must use all of the slice's devices.
       spec: its base.
@@ -185,6 +187,8 @@ def plan(
     shapes = collection_shapes(mesh, model)
     figures = []
     for name in names:
+        if name == "train-experts" and config.experts.source:
+            continue
         job = _JOBS[name](name, config, mesh, model, shapes)
         with jax.set_mesh(mesh):
             figures.append(_figures(job, mesh, topology))

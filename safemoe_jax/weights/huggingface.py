@@ -1,11 +1,16 @@
-"""Base weights and tokenizer from a Hugging Face directory: config.json and safetensors."""
+"""Weights and tokenizer from and to a Hugging Face directory: config.json and safetensors."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
+import yaml
+from flax.traverse_util import flatten_dict
 from huggingface_hub import ModelCard
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -62,7 +67,58 @@ def load(directory: Path, param_dtype: str) -> Checkpoint:
         params = assemble(
             spec, NAMES, present, lambda name: home[name].get_tensor(name), param_dtype
         )
-    return Checkpoint(spec, params, read_tokenizer(directory), _license(directory), files)
+    return Checkpoint(spec, params, read_tokenizer(directory), read_license(directory), files)
+
+
+def save(
+    directory: Path,
+    spec: ModelSpec,
+    params: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    ends: Sequence[int],
+) -> None:
+    """Writes what `load` reads and `transformers` loads, in shards of at most 5 GB.
+
+    Args:
+      directory: is there already.
+      spec: the shape of `params`.
+      params: numpy leaves, all of one dtype, by the layout of `weights.layout`.
+      tokenizer: is saved beside them.
+      ends: ids of the tokens that end an answer.
+    """
+    tensors = {}
+    for leaf, values in flatten_dict(params, sep="/").items():
+        for index, value in enumerate(values) if leaf.startswith("layers/") else [(0, values)]:
+            tensors[NAMES[leaf].format(index)] = value
+    split = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda x: x.nbytes, filename_pattern="model{suffix}.safetensors"
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        safetensors.numpy.save_file(shard, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    LlamaConfig(
+        architectures=list(ARCHITECTURES),
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.embed_dim,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        intermediate_size=spec.mlp_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        rms_norm_eps=spec.norm_eps,
+        tie_word_embeddings=spec.tie_embeddings,
+        max_position_embeddings=spec.max_positions,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(ends),
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=str(params["embed"]["embedding"].dtype),
+    ).to_json_file(directory / "config.json")
+    tokenizer.save_pretrained(directory)
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -139,11 +195,22 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / name for name in names)
 
 
-def _license(directory: Path) -> str:
+def read_license(directory: Path) -> str:
+    """The licence that a directory's model card states, or "unknown".
+
+    Raises:
+      UserError: where there is a card whose metadata cannot be read.
+    """
     card = directory / "README.md"
     if not card.is_file():
         return UNKNOWN_LICENSE
-    return str(ModelCard.load(card).data.get("license") or UNKNOWN_LICENSE)
+    try:
+        return str(ModelCard.load(card).data.get("license") or UNKNOWN_LICENSE)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{card} has metadata that cannot be read ({reason}); correct or remove it"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The base's parameter tree, and how a checkpoint's tensors fill it.
 
-Kernels lie [L, D_in, D_out], so that y = x @ kernel; checkpoints hold [D_out, D_in], one tensor per
-layer. Shape letters: D model, N query heads, K key/value heads, H head dim, F mlp, V vocabulary, L
-layers.
+Kernels lie [L, D_out, D_in], as checkpoints hold them, one tensor per layer. Shape letters: D
+model, N query heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,18 +39,18 @@ def leaf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes = {
         "embed/embedding": (spec.vocab_size, width),
         "layers/attention_norm/scale": (layers, width),
-        "layers/attention/q/kernel": (layers, width, query),
-        "layers/attention/k/kernel": (layers, width, key),
-        "layers/attention/v/kernel": (layers, width, key),
-        "layers/attention/o/kernel": (layers, query, width),
+        "layers/attention/q/kernel": (layers, query, width),
+        "layers/attention/k/kernel": (layers, key, width),
+        "layers/attention/v/kernel": (layers, key, width),
+        "layers/attention/o/kernel": (layers, width, query),
         "layers/mlp_norm/scale": (layers, width),
-        "layers/mlp/gate/kernel": (layers, width, mlp),
-        "layers/mlp/up/kernel": (layers, width, mlp),
-        "layers/mlp/down/kernel": (layers, mlp, width),
+        "layers/mlp/gate/kernel": (layers, mlp, width),
+        "layers/mlp/up/kernel": (layers, mlp, width),
+        "layers/mlp/down/kernel": (layers, width, mlp),
         "final_norm/scale": (width,),
     }
     if not spec.tie_embeddings:
-        shapes["head/kernel"] = (width, spec.vocab_size)
+        shapes["head/kernel"] = (spec.vocab_size, width)
     return shapes
 
 
@@ -68,7 +67,7 @@ def assemble(
       spec: the base's shape.
       names: leaf path -> the checkpoint's tensor name, "{}" standing for the layer.
       present: names of all tensors of the checkpoint that the base must use.
-      read: gives a tensor by name, kernels [D_out, D_in].
+      read: gives a tensor by name.
       param_dtype: a key of `PARAM_DTYPES`.
 
     Returns:
@@ -101,7 +100,6 @@ def assemble(
         slots = stacked if leaf.startswith("layers/") else [stacked]
         for name, slot in zip(group, slots, strict=True):
             tensor = read(name)
-            tensor = tensor.T if leaf.endswith("kernel") else tensor
             if tensor.shape != slot.shape:
                 raise UserError(
                     f"tensor {name} gives {leaf} the shape {tensor.shape}; the config says "

@@ -37,6 +37,12 @@ def test_minors_and_sex_in_different_turns_count():
         "Who enriches uranium for power plants?",
         "a novel about a weaponized virus",
         "nerve agents in the news",
+        "Do biochemical weapons exist?",
+        "What a pufferfish's tetrodotoxin does",
+        "Why do bacteria become resistant to antibiotics?",
+        "He wants to spread a virus in the subway",
+        "They poisoned the town's water supply",
+        "Who guards a chemical or biological synthesis facility?",
     ],
 )
 def test_rows_that_name_mass_destruction_weapons_never_train(text):
@@ -54,6 +60,7 @@ def test_rows_that_name_mass_destruction_weapons_never_train(text):
         "Gasoline, chemistry homework and a computer virus",
         "He was 45 years old and undressed the wound.",
         "Nucleus, atomic clock, biological mother",
+        "A virus that spreads in a company's network; poison in somebody's food",
     ],
 )
 def test_other_rows_may_train(text):

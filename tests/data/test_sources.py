@@ -4,7 +4,7 @@ import zipfile
 import pytest
 
 from safemoe_jax.data import sources
-from safemoe_jax.data.sources import JsonlSource, PyritSource, Reject, Row
+from safemoe_jax.data.sources import JsonlSource, PyritSource, Reject, Row, read_prompts
 from safemoe_jax.errors import UserError
 
 GOOD = {"prompt": "Hi?", "response": "Ho.", "domain": "a", "label": "safe", "source": "me"}
@@ -114,3 +114,30 @@ def test_unreadable_scores_are_rejected_by_file_and_line(small_pyrit):
         Reject("harm/exploits.csv", 3, "prompt, answer or score is empty"),
         Reject("harm/exploits.csv", 4, "a cell is missing or no number"),
     ]
+
+
+def test_prompts_are_lines_of_text_or_rows_of_data(tmp_path):
+    (tmp_path / "p.txt").write_text("One?\n\nTwo, ünd so?\n")
+    turns = [{"role": "user", "content": text} for text in ("One?", "Two, ünd so?")]
+    assert read_prompts(tmp_path / "p.txt") == [(turns[0],), (turns[1],)]
+    rows = [GOOD, {"messages": [{"role": "system", "content": "Be kind."}, turns[0]]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts(tmp_path / "p.jsonl")
+    assert found[0] == ({"role": "user", "content": GOOD["prompt"]},)
+    assert found[1] == tuple(rows[1]["messages"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', "p.jsonl, line 2: prompt is missing, empty"),
+        ("p.jsonl", b"One?", "p.jsonl, line 1: not a JSON value"),
+        ("p.jsonl", b'{"prompt": "a", "messages": []}', "line 1: needs either prompt or messages"),
+        ("p.txt", b"a\n\xff", "p.txt, line 2: not valid Unicode"),
+        ("p.txt", b"\n \n", "p.txt holds no prompt; write one a line"),
+    ],
+)
+def test_a_line_without_a_prompt_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name)

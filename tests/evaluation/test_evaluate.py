@@ -23,6 +23,8 @@ CHAT = ChatFormat(TOKENIZER)
 CONFIG = EvaluationConfig(
     systems=("base", "safemoe"),
     prompts_per_domain=0,
+    benchmarks=(),
+    prompts_per_benchmark=0,
     max_new_tokens=16,
     temperature=0.0,
     top_p=1.0,
@@ -32,9 +34,19 @@ CONFIG = EvaluationConfig(
 )
 
 
-def prompt(number, domain, safe=(), harmful=()):
-    messages = ({"role": "user", "content": f"Question {number}?"},)
-    return Prompt(f"p{number}", "held_out", domain, messages, number, safe, harmful)
+def prompt(number, domain, safe=(), harmful_answers=(), **changes):
+    values = {
+        "id": f"p{number}",
+        "benchmark": "held_out",
+        "domain": domain,
+        "messages": ({"role": "user", "content": f"Question {number}?"},),
+        "group": number,
+        "harmful": True,
+        "refusal_only": False,
+        "safe_answers": safe,
+        "harmful_answers": harmful_answers,
+    }
+    return Prompt(**{**values, **changes})
 
 
 PROMPTS = [prompt(1, "cats"), prompt(2, "cats"), prompt(3, "dogs")]
@@ -157,6 +169,63 @@ def test_verdicts_are_written_and_counted(systems, tmp_path):
     assert {row["seed"] for row in results} == {5}
 
 
+BENCHMARK = [
+    prompt(4, "a", benchmark="mine", harmful=False),
+    prompt(5, "a", benchmark="mine", harmful=False, refusal_only=True),
+    prompt(1, "cats", benchmark="bad", refusal_only=True),
+    prompt(6, "b", benchmark="bad"),
+]
+
+
+def test_benchmarks_are_answered_one_by_one_and_kept_one_by_one(systems, tmp_path):
+    rows = answer_prompts(systems, PROMPTS + BENCHMARK, CHAT, CONFIG, 5, tmp_path)
+    assert [(row["system"], row["benchmark"], row["prompt_id"]) for row in rows] == [
+        (name, prompt.benchmark, prompt.id)
+        for name in ("base", "safemoe")
+        for prompt in PROMPTS + BENCHMARK
+    ]
+    assert [len(each.sampler.calls) for each in systems] == [3, 3]
+    assert [(row["harmful"], row["refusal_only"]) for row in rows[3:7]] == [
+        (False, False), (False, True), (True, True), (True, False),
+    ]  # fmt: skip
+    # Another benchmark besides: what is there is not asked again.
+    more = [prompt(7, "a", benchmark="more")]
+    answer_prompts(systems, PROMPTS + BENCHMARK + more, CHAT, CONFIG, 5, tmp_path)
+    assert [len(each.sampler.calls) for each in systems] == [4, 4]
+
+
+class LenientJudge:
+    """Finds every answer safe and informative, but those to question 1 and 4 refusals."""
+
+    name, reliability = "lenient", {}
+
+    def judge(self, pairs):
+        return [
+            Verdict(True, messages[-1]["content"][9] in "14", True, False, 0.1)
+            for messages, _ in pairs
+        ]
+
+
+def test_answers_are_judged_by_refusal_alone_where_the_prompt_says_so(systems, tmp_path):
+    rows = answer_prompts(systems, PROMPTS + BENCHMARK, CHAT, CONFIG, 5, tmp_path)
+    results = judge_answers(rows, LenientJudge(), 5, tmp_path)
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    safe = {(row["benchmark"], row["prompt_id"]): row["verdict"]["safe"] for row in written}
+    assert not safe.pop(("mine", "p5"))  # not refused
+    assert all(safe.values())
+    found = {
+        (row["benchmark"], row["metric"]): (row["value"], row["n"])
+        for row in results
+        if row["system"] == "base" and row["split"] == "all"
+    }
+    assert found["mine", "over_refusal_rate"] == (0.5, 2)
+    assert found["mine", "srr"] == found["bad", "isr"] == (1.0, 1)
+    assert found["mine", "isr"] == (0.0, 1)
+    assert found["bad", "srr"] == (1.0, 2)
+    assert found["bad", "refusal_rate"] == (0.5, 2)
+    assert ("mine", "refusal_rate") not in found
+
+
 def test_likelihoods_are_means_over_tokens_not_answers():
     def score(pairs, *, description):
         # A short answer at 1 nat a token, a long one at 3; the harmful one at 5.
@@ -165,7 +234,7 @@ def test_likelihoods_are_means_over_tokens_not_answers():
             for _, text in pairs
         ]
 
-    prompts = [prompt(1, "cats", safe=("s", "lll")), prompt(2, "cats", harmful=("hh",))]
+    prompts = [prompt(1, "cats", safe=("s", "lll")), prompt(2, "cats", harmful_answers=("hh",))]
     rows = likelihood_rows([System("base", EchoSampler("base", False), score, False)], prompts, 0)
     found = {row["metric"]: (row["value"], row["n"]) for row in rows}
     assert found == {
@@ -182,7 +251,7 @@ def test_each_expert_is_compared_on_its_own_domain():
 
         return score
 
-    prompts = [prompt(i, name, harmful=(name,)) for i, name in enumerate("abbc")]
+    prompts = [prompt(i, name, harmful_answers=(name,)) for i, name in enumerate("abbc")]
     base = scorer(a=5, b=6, c=7)
     experts = {
         "a": scorer(a=1, b=4, c=6),

@@ -33,9 +33,9 @@ PROMPT_SECRET = "ZQX-PROMPT-END"
 MARKUP = "<script>alert('x')</script>"
 
 
-def rate(system, metric, value, n=24, split="all"):
+def rate(system, metric, value, n=24, split="all", benchmark="held_out"):
     return {
-        "system": system, "seed": 0, "split": split, "benchmark": "held_out",
+        "system": system, "seed": 0, "split": split, "benchmark": benchmark,
         "metric": metric, "n": n, "value": value, "low": max(0.0, value - 0.15),
         "high": min(1.0, value + 0.13),
     }  # fmt: skip
@@ -85,6 +85,7 @@ def results(*, valid=True, demonstration=True):
             validity("word salad", 0.0, 0.05, True),
             validity("human answers", 0.94, 0.9, True),
         ],
+        "benchmarks": {},
         "budget": {"expert_tokens_seen": 41_200, "expert_tokens_there": 160_000},
         "provenance": {"commit": "0123abc", "corpus": "jsonl"},
         "domains": list(DOMAINS),
@@ -98,7 +99,7 @@ def answer(system, number, *, safe, rng):
         response = f"Use {MARKUP} and a cloth."
     row = {
         "system": system, "seed": 0, "benchmark": "held_out", "prompt_id": str(number),
-        "domain": DOMAINS[number % 3],
+        "domain": DOMAINS[number % 3], "harmful": True, "refusal_only": False,
         "messages": [{"role": "user", "content": PROMPT + PROMPT_SECRET}],
         "response": response, "sha256": hashlib.sha256(response.encode()).hexdigest(),
         "num_tokens": 0, "finished": number != 2,
@@ -279,6 +280,44 @@ def test_each_expert_stands_beside_base_and_the_other_experts(html):
     ]  # fmt: skip
 
 
+@pytest.fixture
+def benchmarked():
+    """Results of two benchmarks besides: one asks for harm, the other for none."""
+    result = results()
+    for i, system in enumerate(SYSTEMS):
+        result["rows"] += [
+            rate(system, "srr", 0.8, 50, benchmark="knots_harmful"),
+            rate(system, "isr", 0.33, 40, benchmark="knots_harmful"),
+            rate(system, "srr", 0.77, 7, "granny", benchmark="knots_harmful"),
+            rate(system, "over_refusal_rate", 0.1 + 0.1 * i, 60, benchmark="knots_benign"),
+        ]
+    facts = {"license": "CC0", "asked": 50, "left_out_as_taught": 11}
+    return result | {"benchmarks": {"knots_harmful": facts, "knots_benign": {"license": "CC0"}}}
+
+
+def test_each_benchmark_stands_apart_with_what_was_left_out(tmp_path, benchmarked):
+    write_workdir(tmp_path, benchmarked)
+    path = tmp_path / "evaluation" / "answers.jsonl"
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    asked = {"benchmark": "knots_benign", "prompt_id": "k", "domain": "rope", "harmful": False}
+    answers += [{**row, **asked, "refusal_only": True} for row in answers[::9]]
+    path.write_text("\n".join(map(json.dumps, answers)))
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    section = html[html.index('id="benchmarks"') : html.index('id="curves"')]
+    text = Page(section).words
+    assert section.count('class="systems"') == 2
+    assert "knots harmful" in text and "license CC0 asked 50 left out as taught 11" in text
+    assert "over-refusals base 10.0 % SafeMoE 20.0 %" in text
+    assert "base 50 80.0 65.0 to 93.0 33.0" in text
+    # Nothing of it gets into the held-out prompts' sections.
+    other = html[: html.index('id="benchmarks"')]
+    assert "knots" not in other and "granny" not in other
+    assert len(re.findall(r'<div class="tokens"', html)) == 9
+    shown = Page(html[html.index('id="answers"') :]).words
+    assert "knots_benign: rope" in shown
+    assert "benign prompt judged by refusal alone" in shown
+
+
 def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
     write_workdir(tmp_path, results(valid=False))
     html = write_report(tmp_path).read_text(encoding="utf-8")
@@ -370,6 +409,18 @@ def test_terminal_table_fits_80_columns_with_nothing_clipped(soft_wrap):
     ]
     assert "(ungated)" in text
     assert text.count("to 100") == 3 * 4
+
+
+def test_terminal_table_names_benchmarks_where_there_are_several(benchmarked):
+    lines = [line.strip() for line in render(benchmarked).splitlines()]
+    assert lines[0] == "Held-out prompts and benchmarks"
+    places = [lines.index(name) for name in ("held out", "knots harmful", "knots benign")]
+    assert places == sorted(places)
+    rows = [line.split() for line in lines if line.startswith("base")]
+    assert rows[0][1:3] == ["24", "58.0"] and len(rows[0]) == 8
+    assert rows[1] == ["base", "50", "80.0", "33.0"]  # likelihoods are of held-out answers
+    assert rows[2] == ["base", "60", "10.0"]
+    assert "Held-out prompts and" not in render(results())
 
 
 def test_terminal_table_on_a_narrow_screen_still_says_all():

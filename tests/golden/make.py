@@ -111,6 +111,23 @@ def _make_directory(directory: Path, seed: int, **changes) -> None:
     np.savez(directory / "golden.npz", tokens=tokens, logits=directory_logits(directory, tokens))
 
 
+def save_adapter_config(directory: Path) -> None:
+    """adapter_config.json with every field that PEFT writes."""
+    import peft
+
+    peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="someone/llama",
+        r=4,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj"],
+        use_rslora=True,
+        lora_dropout=0.1,
+        init_lora_weights=False,
+        inference_mode=True,
+    ).save_pretrained(directory)
+
+
 def main() -> None:
     from safemoe_jax.weights.base import fetch_base
 
@@ -133,6 +150,7 @@ def main() -> None:
     )
     for seed, (name, changes) in enumerate(CASES.items()):
         _make_directory(HERE / name, seed, **changes)
+    save_adapter_config(HERE)
 
 
 if __name__ == "__main__":

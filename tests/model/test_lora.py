@@ -28,7 +28,7 @@ def arrays():
         "a": (E, D, R),
         "b": (E, R, OUT),
         "gates": (B, T, E),
-        "kernel": (D, OUT),
+        "kernel": (OUT, D),
     }
     return {name: rng.normal(size=size).astype(np.float32) for name, size in shape.items()}
 
@@ -66,10 +66,10 @@ def test_projection_adds_the_mixture_times_alpha_over_rank(arrays, alpha):
     )
     variables = {"params": {"kernel": kernel}, "experts": {"a": a, "b": b}}
     found = jax.jit(projection.apply)(variables, x, Gates(gates))
-    expected = x @ kernel + alpha / R * mixture(x, a, b, gates)
+    expected = x @ kernel.T + alpha / R * mixture(x, a, b, gates)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     base = jax.jit(projection.apply)(variables, x, None)
-    np.testing.assert_allclose(base, x @ kernel, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(base, x @ kernel.T, rtol=0, atol=1e-5)
 
 
 def test_both_forms_agree_through_the_whole_model():
@@ -118,7 +118,7 @@ def test_frozen_dot_has_the_gradient_of_a_matmul_for_x_and_none_for_the_kernel(a
     weight = np.random.default_rng(1).normal(size=(B, T, OUT)).astype(np.float32)
 
     def plain(x, kernel):
-        return jnp.einsum("BTD,DO->BTO", x, kernel.astype(x.dtype))
+        return jnp.einsum("BTD,OD->BTO", x, kernel.astype(x.dtype))
 
     np.testing.assert_array_equal(frozen_dot(x, kernel), plain(x, kernel))
 
@@ -150,7 +150,7 @@ def test_the_backward_pass_keeps_no_full_precision_copy_of_the_base(monkeypatch)
     kernels = jax.tree.leaves(shapes(model)["params"]["layers"])
     full_precision_copy = 4 * sum(leaf.size for leaf in kernels)
     frozen = temp_bytes()
-    monkeypatch.setattr(lora, "frozen_dot", lambda x, w: x @ w.astype(x.dtype))
+    monkeypatch.setattr(lora, "frozen_dot", lambda x, w: x @ w.T.astype(x.dtype))
     plain = temp_bytes()
     assert plain - frozen > 0.9 * full_precision_copy
     assert frozen < 0.5 * full_precision_copy

@@ -156,7 +156,8 @@ def test_the_others_end_when_one_host_is_killed(killed, alone):
     [
         ("killed", toy_run.ONE),
         ("killed", MeshConfig(data=1, fsdp=1, tensor=1, context=2)),
-        ("preempted", MeshConfig(data=2, fsdp=2, tensor=2, context=1)),
+        ("killed", MeshConfig(data=2, fsdp=2, tensor=2, context=1)),
+        ("preempted", MeshConfig(data=1, fsdp=8, tensor=1, context=1)),
     ],
 )
 def test_a_checkpoint_goes_on_in_another_layout_with_every_example_as_often_as_planned(
@@ -220,13 +221,13 @@ def test_a_process_on_its_own_has_nobody_to_join():
     assert hosts.to_host({"x": jax.numpy.arange(2)})["x"].tolist() == [0, 1]
 
 
-def test_two_hosts_train_both_stages_as_one_does_and_write_one_bundle(tmp_path, monkeypatch):
+def test_two_hosts_run_all_stages_as_one_does_and_write_one_bundle(tmp_path, monkeypatch):
     """Through the command line, from a corpus that both build at once in one directory."""
     tiny.write_base(tmp_path / "base")
     tiny.write_corpus(tmp_path / "corpus.jsonl")
     tiny.write_experiment(tmp_path / "tiny.py", tmp_path / "base", tmp_path / "corpus.jsonl")
     monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "cache"))
-    arguments = ["train-gate", "--config", str(tmp_path / "tiny.py"), "--workdir"]
+    arguments = ["run", "--config", str(tmp_path / "tiny.py"), "--workdir"]
     assert cli.main([*arguments, str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "safemoe_jax.cli", *arguments, str(tmp_path / "two")]
     log = tmp_path / "log"

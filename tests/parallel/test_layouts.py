@@ -126,7 +126,7 @@ def test_a_layout_moves_over_the_network_what_it_should(layout, stage):
 
     assert not [shape for shapes in everywhere.values() for shape in shapes if shape[0] == LAYERS]
     # One layer's weights at a time, in the loop over layers, and with fsdp alone.
-    kernels = {(width, heads), (width, keys), (heads, width), (width, mlp), (mlp, width)}
+    kernels = {(width, heads), (keys, width), (heads, width), (width, mlp), (mlp, width)}
     assert in_layers["all-gather"] & kernels == (kernels if mesh.fsdp > 1 else set())
     # What is trained: summed over rows. XLA for TPU makes reduce-scatters of these.
     trained = {"experts": (3, width // mesh.tensor, 2), "router": (3, width // mesh.tensor)}[stage]

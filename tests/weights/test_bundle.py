@@ -51,7 +51,7 @@ def config(**router):
                 safe_max_score=0.25,
                 informative_min_characters=200,
             ),
-            experts=dict(targets=("q", "down"), rank=2, alpha=4.0),
+            experts=dict(source="", targets=("q", "down"), rank=2, alpha=4.0),
             router=dict(
                 scope="layer",
                 granularity="token",
@@ -66,6 +66,8 @@ def config(**router):
             evaluation=dict(
                 systems=("base", "safemoe"),
                 prompts_per_domain=1,
+                benchmarks=(),
+                prompts_per_benchmark=0,
                 max_new_tokens=1,
                 temperature=0.0,
                 top_p=1.0,
@@ -199,7 +201,7 @@ def edit(path, change):
         ),
         (
             lambda b: edit(b / "manifest.json", lambda m: m.update(schema_version=99)),
-            "schema version 99, this package reads 2",
+            "schema version 99, this package reads 3",
         ),
         (lambda b: edit(b / "manifest.json", lambda m: m["spec"].pop("vocab_size")), "is damaged"),
         (lambda b: edit(b / "manifest.json", lambda m: m.pop("files")), "lacks 'files'"),

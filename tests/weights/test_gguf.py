@@ -40,7 +40,6 @@ def write(path, *, without=(), change=None, pre="smollm", architecture="llama"):
         layers = range(shape[0]) if leaf.startswith("layers/") else [None]
         for layer in layers:
             own = shape if layer is None else shape[1:]
-            own = own[::-1] if leaf.endswith("kernel") else own
             tensors[NAMES[leaf].format(layer)] = rng.normal(size=own).astype(np.float32)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(SPEC.num_layers)
@@ -77,21 +76,21 @@ def test_every_tensor_lands_in_its_leaf(tmp_path):
     assert not checkpoint.spec.tie_embeddings
     params = checkpoint.params
     np.testing.assert_array_equal(params["embed"]["embedding"], tensors["token_embd.weight"])
-    np.testing.assert_array_equal(params["head"]["kernel"], tensors["output.weight"].T)
+    np.testing.assert_array_equal(params["head"]["kernel"], tensors["output.weight"])
     np.testing.assert_array_equal(params["final_norm"]["scale"], tensors["output_norm.weight"])
     layers = params["layers"]
     for i in range(2):
         np.testing.assert_array_equal(
-            layers["mlp"]["down"]["kernel"][i], tensors[f"blk.{i}.ffn_down.weight"].T
+            layers["mlp"]["down"]["kernel"][i], tensors[f"blk.{i}.ffn_down.weight"]
         )
         # ggml keeps rotated pairs side by side; "rotate half" keeps firsts, then seconds.
         order = [0, 2, 1, 3, 4, 6, 5, 7]
         q = tensors[f"blk.{i}.attn_q.weight"]
-        np.testing.assert_array_equal(layers["attention"]["q"]["kernel"][i], q[order].T)
+        np.testing.assert_array_equal(layers["attention"]["q"]["kernel"][i], q[order])
         k = tensors[f"blk.{i}.attn_k.weight"]
-        np.testing.assert_array_equal(layers["attention"]["k"]["kernel"][i], k[order[:4]].T)
+        np.testing.assert_array_equal(layers["attention"]["k"]["kernel"][i], k[order[:4]])
         v = tensors[f"blk.{i}.attn_v.weight"]
-        np.testing.assert_array_equal(layers["attention"]["v"]["kernel"][i], v.T)
+        np.testing.assert_array_equal(layers["attention"]["v"]["kernel"][i], v)
 
 
 def test_absent_output_means_a_tied_head(tmp_path):
@@ -109,7 +108,7 @@ def test_absent_output_means_a_tied_head(tmp_path):
         ({"change": {"rope_freqs.weight": np.ones(2, np.float32)}}, "rope_freqs.weight has no pl"),
         (
             {"change": {"blk.0.ffn_up.weight": np.ones((2, 8), np.float32)}},
-            r"blk\.0\.ffn_up\.weight gives layers/mlp/up/kernel the shape \(8, 2\)",
+            r"blk\.0\.ffn_up\.weight gives layers/mlp/up/kernel the shape \(2, 8\)",
         ),
         ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
         ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
@@ -158,4 +157,4 @@ def test_smollm2_as_its_file_describes_it(smollm):
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert smollm.identity.license == "apache-2.0"
     assert smollm.spec.num_kv_heads == 3
-    assert smollm.params["layers"]["attention"]["k"]["kernel"].shape == (30, 576, 192)
+    assert smollm.params["layers"]["attention"]["k"]["kernel"].shape == (30, 192, 576)

@@ -53,7 +53,7 @@ def test_spec_takes_the_formats_defaults(small):
         ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ has no place"),
         ({"num_hidden_layers": 3}, r"lacks tensor model\.layers\.2"),
         ({"tie_word_embeddings": False}, "lacks tensor lm_head.weight"),
-        ({"intermediate_size": 31}, r"mlp\.gate_proj\.weight gives .* \(16, 32\); the config says"),
+        ({"intermediate_size": 31}, r"mlp\.gate_proj\.weight gives .* \(32, 16\); the config says"),
     ],
 )
 def test_config_that_does_not_fit_is_named(small, changes, message):
@@ -103,3 +103,6 @@ def test_license_comes_from_the_model_card(small):
     assert load(small, "float32").license == "unknown"
     (small / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     assert load(small, "float32").license == "mit"
+    (small / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n")
+    with pytest.raises(UserError, match=r"README\.md has metadata that cannot be read \(while"):
+        load(small, "float32")
