@@ -13,10 +13,10 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.parallel.mesh import AXES
 from safemoe_jax.planning.chips import Topology
-from safemoe_jax.planning.plan import Plan, plan
+from safemoe_jax.planning.plan import Figures, Plan, plan
 from safemoe_jax.progress import console
 
-TRAINING = ("train-experts", "train-gate")
+TRAINING = {"train-experts": "experts", "train-gate": "router"}
 _TIMES = (0.25, 0.5, 2, 4)
 
 
@@ -71,23 +71,26 @@ def search(config: Config, spec: ModelSpec, topology: Topology) -> list[Candidat
 def _try(config: Config, variant: Config, spec: ModelSpec, topology: Topology) -> Candidate:
     changes = dict(_changes(config, variant))
     try:
-        found = plan(variant, spec, topology, TRAINING)
+        found = plan(variant, spec, topology, tuple(TRAINING))
     except UserError as error:
         candidate = Candidate(changes, None, None)
         console.print(f"{candidate.label}: {error}")
         return candidate
     hours = None
     if found.fits:
-        hours = sum(
-            getattr(config.train, stage).steps * getattr(config.train, stage).rows
-            / getattr(variant.train, stage).rows * one.bound / 3600
-            for stage, one in zip(("experts", "router"), found.figures, strict=True)
-        )  # fmt: skip
+        hours = sum(_hours(config, variant, one) for one in found.figures)
     candidate = Candidate(changes, found, hours)
     console.print(
         f"{candidate.label}: {'does not fit' if hours is None else f'{hours:.4f} hours at least'}"
     )
     return candidate
+
+
+def _hours(config: Config, variant: Config, one: Figures) -> float:
+    """At least, until a stage of `variant` has seen what the same stage of `config` sees."""
+    stage = TRAINING[one.name]
+    asked, train = getattr(config.train, stage), getattr(variant.train, stage)
+    return asked.steps * asked.rows / train.rows * one.bound / 3600
 
 
 def _meshes(config: Config, topology: Topology) -> Iterator[Config]:

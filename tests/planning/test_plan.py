@@ -171,8 +171,8 @@ def test_flops_of_splash_attention(name, matmuls):
     assert planning.attention_flops(kernel) == 2 * matmuls * 3 * 8 * 10 * 512 * 512 * 64
 
 
-def figures(seconds, fits=True):
-    return planning.Figures("", 1, fits, {}, 0.0, 0.0, seconds={"compute": seconds})
+def figures(name, seconds, fits=True):
+    return planning.Figures(name, 1, fits, {}, 0.0, 0.0, seconds={"compute": seconds})
 
 
 def test_search_goes_by_hours_for_the_same_tokens(monkeypatch, topology):
@@ -183,7 +183,7 @@ def test_search_goes_by_hours_for_the_same_tokens(monkeypatch, topology):
         seconds = {1: 1.0, 2: 0.5}.get(config.mesh.tensor, 3.0)
         seconds *= {"none": 1.0, "dots": 1.2, "full": 1.4}[config.model.remat]
         rows = config.train.experts.rows
-        parts = tuple(figures(seconds * rows**0.5, fits=rows < 8) for _ in names)
+        parts = tuple(figures(name, seconds * rows**0.5, fits=rows < 8) for name in names)
         return planning.Plan(config, topology, {}, parts)
 
     monkeypatch.setattr("safemoe_jax.planning.search.plan", play)
