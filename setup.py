@@ -49,6 +49,7 @@ setup(
         "gcs": ["gcsfs>=2026.2"],  # gs:// as work directory, data or base
         "slurm": ["submitit>=1.5.3"],
         "test": [
+            "jax[tpu]>=0.10.2",  # its compiler, for safemoe plan; no TPU is needed
             "pytest>=8",
             "ruff>=0.12",
             "gcsfs>=2026.2",

@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "compare the systems on held-out prompts",
     "report": "write report.html of an evaluated run",
     "run": "all of it, from where it was left",
+    "plan": "what an experiment needs on a TPU slice, by the real compiler; needs no TPU",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
     "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
@@ -53,6 +54,9 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from safemoe_jax.training.loop import Diverged
 
     try:
+        if arguments.verb == "plan":
+            _plan(arguments, rest)
+            return 0
         _set_up_jax()
         others = {"generate": _generate, "export": _export, "import": _import, "sweep": _sweep}
         others.get(arguments.verb, _experiment_verb)(arguments, rest)
@@ -83,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
         allow_abbrev=False,
     )
-    own = {"generate": _add_generate, "export": _add_export, "import": _add_import}
+    own = {
+        "plan": _add_plan,
+        "generate": _add_generate,
+        "export": _add_export,
+        "import": _add_import,
+    }
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
@@ -125,6 +134,25 @@ def _parser() -> argparse.ArgumentParser:
                 help="keep the experts' checkpoints once they are in the bundle",
             )
     return parser
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.usage = (
+        "safemoe plan --config FILE --topology CHIP:SHAPE [--config.KEY=VALUE ...] [--search] "
+        "[--json FILE] [--picture FILE]"
+    )
+    sub.add_argument("--config", type=Path, required=True, help="experiment file")
+    sub.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="v5e:4x4 is a v5e-16, v6e:4x4 a v6e-16, v5p:4x4x4 a v5p-128; also v4 and tpu7x",
+    )
+    sub.add_argument(
+        "--search", action="store_true", help="try meshes, remat policies and rows; minutes each"
+    )
+    sub.add_argument("--json", type=Path, metavar="FILE", help="the plan in numbers")
+    sub.add_argument("--picture", type=Path, metavar="FILE", help="the plan as a page, .html")
 
 
 def _add_sweep(sub: argparse.ArgumentParser) -> None:
@@ -234,8 +262,10 @@ def _set_up_jax() -> None:
     import jax
 
     from safemoe_jax.fetch import cache_dir
-    from safemoe_jax.parallel.hosts import connect
+    from safemoe_jax.parallel.hosts import connect, has_tpu, use_compiler_alone
 
+    if not has_tpu():
+        use_compiler_alone()  # where libtpu is installed for `plan`
     connect()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
@@ -263,6 +293,36 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
             "run": lambda: run.run(experiment, arguments.keep_experts),
         }
         verbs[arguments.verb]()
+
+
+def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    import jax
+
+    # Compiled for the slice and never run: where there is a TPU, it is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    from safemoe_jax.config import freeze
+    from safemoe_jax.planning import report
+    from safemoe_jax.planning.chips import get_topology
+    from safemoe_jax.planning.plan import plan
+    from safemoe_jax.planning.search import search
+    from safemoe_jax.weights.base import read_spec
+    from safemoe_jax.workdir import write_json
+
+    config = freeze(_read_config(arguments.config, rest))
+    spec, topology = read_spec(config.model.source), get_topology(arguments.topology)
+    if arguments.search:
+        candidates = search(config, spec, topology)
+        report.show_search(candidates)
+        if arguments.json:
+            write_json(arguments.json, [report.candidate_as_json(one) for one in candidates])
+        return
+    found = plan(config, spec, topology)
+    report.show(found)
+    if arguments.json:
+        write_json(arguments.json, report.as_json(found))
+    if arguments.picture:
+        report.write_picture(found, arguments.picture)
+    found.check()
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
