@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     own = {
         "plan": _add_plan,
+        "sweep": _add_sweep,
         "generate": _add_generate,
         "export": _add_export,
         "import": _add_import,
@@ -98,9 +99,6 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
         if verb in own:
             own[verb](sub)
-            continue
-        if verb == "sweep":
-            _add_sweep(sub)
         else:
             sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
             sub.add_argument("--config", type=Path, required=True, help="experiment file")
@@ -141,15 +139,24 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
         "safemoe plan --config FILE --topology CHIP:SHAPE [--config.KEY=VALUE ...] [--search] "
         "[--json FILE] [--picture FILE]"
     )
+    sub.epilog = (
+        "Compiles the experiment's own train steps, prefill and decode step for the slice, from "
+        "shapes, and prints what each needs of a device: memory (with 'fits: yes' or 'fits: no'), "
+        "FLOPs, what it sends, and the least seconds that these take. Exit code 0 where all fit, "
+        "2 where one does not. Example: safemoe plan --config experiments/llama31_8b.py "
+        "--topology v5e:4x4 --config.model.remat=dots. How to read it: docs/plans.md."
+    )
     sub.add_argument("--config", type=Path, required=True, help="experiment file")
     sub.add_argument(
         "--topology",
         required=True,
         metavar="CHIP:SHAPE",
-        help="v5e:4x4 is a v5e-16, v6e:4x4 a v6e-16, v5p:4x4x4 a v5p-128; also v4 and tpu7x",
+        help="v5e:4x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1; or v5litepod-16, v5p-128, v6e-16, v4-32",
     )
     sub.add_argument(
-        "--search", action="store_true", help="try meshes, remat policies and rows; minutes each"
+        "--search",
+        action="store_true",
+        help="rank meshes, remat policies and rows by hours; compiles some twenty times",
     )
     sub.add_argument("--json", type=Path, metavar="FILE", help="the plan in numbers")
     sub.add_argument("--picture", type=Path, metavar="FILE", help="the plan as a page, .html")
@@ -301,28 +308,11 @@ def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     # Compiled for the slice and never run: where there is a TPU, it is left alone.
     jax.config.update("jax_platforms", "cpu")
     from safemoe_jax.config import freeze
-    from safemoe_jax.planning import report
-    from safemoe_jax.planning.chips import get_topology
-    from safemoe_jax.planning.plan import plan
-    from safemoe_jax.planning.search import search
-    from safemoe_jax.weights.base import read_spec
-    from safemoe_jax.workdir import write_json
+    from safemoe_jax.planning import verb
 
     config = freeze(_read_config(arguments.config, rest))
-    spec, topology = read_spec(config.model.source), get_topology(arguments.topology)
-    if arguments.search:
-        candidates = search(config, spec, topology)
-        report.show_search(candidates)
-        if arguments.json:
-            write_json(arguments.json, [report.candidate_as_json(one) for one in candidates])
-        return
-    found = plan(config, spec, topology)
-    report.show(found)
-    if arguments.json:
-        write_json(arguments.json, report.as_json(found))
-    if arguments.picture:
-        report.write_picture(found, arguments.picture)
-    found.check()
+    do = verb.search if arguments.search else verb.plan
+    do(config, arguments.topology, arguments.json, arguments.picture)
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

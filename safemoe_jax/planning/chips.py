@@ -99,14 +99,18 @@ class Topology:
 def get_topology(name: str) -> Topology:
     """A topology and its compile-only devices; no TPU is touched, and none need be there.
 
+    Args:
+      name: CHIP:SHAPE, or an accelerator type as Google Cloud names it, in its default shape.
+
     Raises:
       UserError: on an unknown chip, a shape that it does not come in, or where libtpu is missing.
     """
+    name = _default_shape(name)
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if not match or match[1] not in CHIPS:
         raise UserError(
             f"topology {name!r} is unknown; give CHIP:SHAPE with a chip of {', '.join(CHIPS)}, "
-            "like v5e:4x4 (a v5e-16), v6e:4x4 or v5p:4x4x4 (a v5p-128, which counts cores)"
+            "like v5e:4x4 (also v5litepod-16), v6e:4x4 or v5p:4x4x4 (also v5p-128: cores)"
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     if importlib.util.find_spec("libtpu") is None:
@@ -121,3 +125,24 @@ def get_topology(name: str) -> Topology:
             f"{chip.dimensions} axes and up to {chip.pod} chips"
         ) from error
     return Topology(name, chip, shape, found.devices, importlib.metadata.version("libtpu"))
+
+
+def _default_shape(name: str) -> str:
+    """CHIP:SHAPE of an accelerator type with a power of two of chips; any other name as it is.
+
+    As near to a square or cube as it goes, the longest axis last; on one host of a chip with
+    three axes, 2x2x1. Source: the pages that `CHIPS` names.
+    """
+    match = re.fullmatch(r"(v4|v5litepod|v5p|v6e)-(\d+)", name)
+    if not match:
+        return name
+    chip = {"v5litepod": "v5e"}.get(match[1], match[1])
+    dimensions = CHIPS[chip].dimensions
+    cores = 2 if dimensions == 3 else 1  # v4 and v5p count the two cores of a chip
+    doublings = (int(match[2]) // cores).bit_length() - 1
+    if int(match[2]) != cores * 2**doublings:
+        return name
+    shape = [2 ** ((doublings + axis) // dimensions) for axis in range(dimensions)]
+    if shape == [1, 2, 2]:
+        shape = [2, 2, 1]
+    return f"{chip}:{'x'.join(map(str, shape))}"
