@@ -49,6 +49,4 @@ def _check(json: Path | None, picture: Path | None) -> None:
         raise UserError(f"--picture {picture} is no .html; a picture is a page, so give one")
     for path in (json, picture):
         if path and not path.parent.is_dir():
-            raise UserError(
-                f"{path.parent} is no directory; make it, or write {path.name} elsewhere"
-            )
+            raise UserError(f"{path.parent} is no directory; make it, or give another path")
