@@ -35,6 +35,7 @@ from safemoe_jax.planning.chips import Topology
 from safemoe_jax.planning.collectives import collectives
 from safemoe_jax.planning.counts import Kernel, flops, hbm_bytes, kernels
 from safemoe_jax.planning.hlo import Program
+from safemoe_jax.progress import console
 from safemoe_jax.run import jitted_step
 from safemoe_jax.training.losses import num_chunks
 from safemoe_jax.training.state import make_optimizer
@@ -190,7 +191,7 @@ def plan(
         if name == "train-experts" and config.experts.source:
             continue
         job = _JOBS[name](name, config, mesh, model, shapes)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), console.status(f"compiling {name} for {topology.name}"):
             figures.append(_figures(job, mesh, topology))
     parameters = {name: num_params(tree) for name, tree in shapes.items()}
     return Plan(config, topology, {"base": parameters.pop("params"), **parameters}, tuple(figures))

@@ -41,7 +41,9 @@ def test_two_devices_of_a_chip_share_what_it_has():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e-16", "topology 'v5e-16' is unknown; give CHIP:SHAPE .* v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e-16", "topology 'v5e-16' is unknown; give CHIP:SHAPE .* v4, v5e, v5p, v6e, tpu7x, like"),
+        ("v5p-9", "topology 'v5p-9' is unknown"),
+        ("v6e-12", "topology 'v6e-12' is unknown"),
         ("h100:4x4", "topology 'h100:4x4' is unknown"),
         ("v5e:3x5", "v5e:3x5 is no slice that can be had .*not divisible"),
     ],
@@ -51,6 +53,19 @@ def test_a_slice_that_there_is_not(name, message):
         get_topology(name)
 
 
-@pytest.mark.parametrize(("name", "devices"), [("v5e:4x4", 16), ("v4:2x2x1", 8), ("v5p:2x2x1", 4)])
-def test_devices_of_a_slice(name, devices):
-    assert len(get_topology(name).devices) == devices
+@pytest.mark.parametrize(
+    ("name", "shape", "devices"),
+    [
+        ("v5e:4x4", "v5e:4x4", 16),
+        ("v4:2x2x1", "v4:2x2x1", 8),
+        ("v5p:2x2x1", "v5p:2x2x1", 4),
+        ("v5litepod-8", "v5e:2x4", 8),  # as Google Cloud names them
+        ("v6e-64", "v6e:8x8", 64),
+        ("v4-8", "v4:2x2x1", 8),
+        ("v5p-64", "v5p:2x4x4", 32),
+        ("v5p-128", "v5p:4x4x4", 64),
+    ],
+)
+def test_devices_of_a_slice(name, shape, devices):
+    found = get_topology(name)
+    assert (found.name, len(found.devices)) == (shape, devices)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -225,6 +226,25 @@ def test_the_command_says_whether_it_fits(fits, tmp_path, monkeypatch, capsys):
     assert "Llama-3.2-1B" in page.read_text()
     assert code == (0 if fits else 2)
     assert ("decode needs 4.0 GiB of a device's 16.0 on v5e:2x2" in err) is not fits
+
+
+def test_a_base_too_large_for_its_slice_is_refused_within_seconds(capsys):
+    """What launch/tpu_run.sh --plan asks before it rents anything; nothing is compiled."""
+    config = EXPERIMENT.with_name("llama31_70b.py")
+    slice_ = ["--topology", "v5litepod-8", "--config.mesh.fsdp=8"]
+    assert cli.main(["plan", "--config", str(config), *slice_]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("fits: no") == 4
+    assert re.match(r"train-experts needs \d+\.\d GiB of a device's 16.0 on v5e:2x4; cut", err)
+    assert err.count("\n") == 1
+
+
+def test_where_nothing_can_be_written_nothing_is_compiled(tmp_path, capsys):
+    common = ["plan", "--config", str(EXPERIMENT), "--topology", "v5e:2x4"]
+    assert cli.main([*common, "--json", str(tmp_path / "no" / "plan.json")]) == 2
+    assert "no is no directory; make it, or give another path" in capsys.readouterr().err
+    assert cli.main([*common, "--picture", "plan.png"]) == 2
+    assert "--picture plan.png is no .html" in capsys.readouterr().err
 
 
 def test_a_device_of_half_a_chip_has_half_its_peak():
