@@ -7,6 +7,8 @@ import pytest
 from safemoe_jax.errors import UserError
 from safemoe_jax.planning.chips import CHIPS, Topology, get_topology
 
+from .conftest import needs_compiler
+
 
 def test_the_table_is_in_the_units_that_it_says():
     for name, chip in CHIPS.items():
@@ -38,6 +40,7 @@ def test_two_devices_of_a_chip_share_what_it_has():
     assert slice_.bandwidth([device(0, 0, 0), device(0, 0, 0)]) == 600e9
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -53,6 +56,7 @@ def test_a_slice_that_there_is_not(name, message):
         get_topology(name)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("name", "shape", "devices"),
     [

@@ -19,6 +19,9 @@ from safemoe_jax.planning.counts import Kernel, flops
 from safemoe_jax.planning.hlo import Array, Program
 from safemoe_jax.planning.search import search
 
+from .conftest import needs_compiler
+
+pytestmark = needs_compiler
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "llama32_1b.py"
 LAYERS = 3
 SPEC = ModelSpec(
