@@ -63,7 +63,7 @@ def show(plan: Plan) -> None:
         console.print(table)
     console.print(NOTES)
     for what, hours in plan.hours.items():
-        console.print(f"{what}: {hours:.3f} hours at least")
+        console.print(f"{what}: {hours:.3g} hours at least")
 
 
 def cells(plan: Plan, one: Figures) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ def show_search(candidates: Sequence[Candidate]) -> None:
     for one in candidates:
         if one.hours is not None:
             needed = max(figures.needed for figures in one.plan.figures)
-            table.add_row(f"{one.hours:.4f}", gib(needed), one.label)
+            table.add_row(f"{one.hours:.3g}", gib(needed), one.label)
     console.print(table)
     refused = sum(one.hours is None for one in candidates)
     console.print(f"{len(candidates)} tried, {refused} of them do not fit")

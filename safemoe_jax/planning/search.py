@@ -81,7 +81,7 @@ def _try(config: Config, variant: Config, spec: ModelSpec, topology: Topology) -
         hours = sum(_hours(config, variant, one) for one in found.figures)
     candidate = Candidate(changes, found, hours)
     console.print(
-        f"{candidate.label}: {'does not fit' if hours is None else f'{hours:.4f} hours at least'}"
+        f"{candidate.label}: {'does not fit' if hours is None else f'{hours:.3g} hours at least'}"
     )
     return candidate
 
