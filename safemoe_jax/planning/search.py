@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import jax
+
 from safemoe_jax.config import Config, MeshConfig
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.spec import ModelSpec
@@ -26,7 +28,8 @@ class Candidate:
 
     Attributes:
       changes: of the experiment, by dotted key.
-      plan: of its two train steps; None where mesh and sizes do not go together.
+      plan: of its two train steps; None where mesh and sizes do not go together, or the compiler
+        fails.
       hours: at least, for both stages to see as many tokens as the experiment has them see; None
         where it does not fit.
     """
@@ -72,9 +75,9 @@ def _try(config: Config, variant: Config, spec: ModelSpec, topology: Topology) -
     changes = dict(_changes(config, variant))
     try:
         found = plan(variant, spec, topology, tuple(TRAINING))
-    except UserError as error:
+    except (UserError, jax.errors.JaxRuntimeError) as error:  # sizes, or the compiler's own fault
         candidate = Candidate(changes, None, None)
-        console.print(f"{candidate.label}: {error}")
+        console.print(f"{candidate.label}: {str(error).splitlines()[0]}")
         return candidate
     hours = None
     if found.fits:
