@@ -49,6 +49,8 @@ setup(
         "gcs": ["gcsfs>=2026.2"],  # gs:// as work directory, data or base
         "slurm": ["submitit>=1.5.3"],
         "test": [
+            # The TPU's compiler, for safemoe plan; no TPU is needed.
+            "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8",
             "ruff>=0.12",
             "gcsfs>=2026.2",

@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "compare the systems on held-out prompts",
     "report": "write report.html of an evaluated run",
     "run": "all of it, from where it was left",
+    "plan": "what an experiment needs on a TPU slice, by the real compiler; needs no TPU",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
     "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
@@ -53,6 +54,9 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from safemoe_jax.training.loop import Diverged
 
     try:
+        if arguments.verb == "plan":
+            _plan(arguments, rest)
+            return 0
         _set_up_jax()
         others = {"generate": _generate, "export": _export, "import": _import, "sweep": _sweep}
         others.get(arguments.verb, _experiment_verb)(arguments, rest)
@@ -83,15 +87,18 @@ def _parser() -> argparse.ArgumentParser:
         description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
         allow_abbrev=False,
     )
-    own = {"generate": _add_generate, "export": _add_export, "import": _add_import}
+    own = {
+        "plan": _add_plan,
+        "sweep": _add_sweep,
+        "generate": _add_generate,
+        "export": _add_export,
+        "import": _add_import,
+    }
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
         if verb in own:
             own[verb](sub)
-            continue
-        if verb == "sweep":
-            _add_sweep(sub)
         else:
             sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
             sub.add_argument("--config", type=Path, required=True, help="experiment file")
@@ -125,6 +132,34 @@ def _parser() -> argparse.ArgumentParser:
                 help="keep the experts' checkpoints once they are in the bundle",
             )
     return parser
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.usage = (
+        "safemoe plan --config FILE --topology CHIP:SHAPE [--config.KEY=VALUE ...] [--search] "
+        "[--json FILE] [--picture FILE]"
+    )
+    sub.epilog = (
+        "Compiles the experiment's own train steps, prefill and decode step for the slice, from "
+        "shapes, and prints what each needs of a device: memory (with 'fits: yes' or 'fits: no'), "
+        "FLOPs, what it sends, and the least seconds that these take. Exit code 0 where all fit, "
+        "2 where one does not. Example: safemoe plan --config experiments/llama31_8b.py "
+        "--topology v5e:4x4 --config.model.remat=dots. How to read it: docs/plans.md."
+    )
+    sub.add_argument("--config", type=Path, required=True, help="experiment file")
+    sub.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="v5e:4x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1; or v5litepod-16, v5p-128, v6e-16, v4-32",
+    )
+    sub.add_argument(
+        "--search",
+        action="store_true",
+        help="rank meshes, remat policies and rows by hours; compiles some twenty times",
+    )
+    sub.add_argument("--json", type=Path, metavar="FILE", help="the plan in numbers")
+    sub.add_argument("--picture", type=Path, metavar="FILE", help="the plan as a page, .html")
 
 
 def _add_sweep(sub: argparse.ArgumentParser) -> None:
@@ -234,8 +269,10 @@ def _set_up_jax() -> None:
     import jax
 
     from safemoe_jax.fetch import cache_dir
-    from safemoe_jax.parallel.hosts import connect
+    from safemoe_jax.parallel.hosts import connect, has_tpu, use_compiler_alone
 
+    if not has_tpu():
+        use_compiler_alone()  # where libtpu is installed for `plan`
     connect()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
@@ -263,6 +300,19 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
             "run": lambda: run.run(experiment, arguments.keep_experts),
         }
         verbs[arguments.verb]()
+
+
+def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    import jax
+
+    # Compiled for the slice and never run: where there is a TPU, it is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    from safemoe_jax.config import freeze
+    from safemoe_jax.planning import verb
+
+    config = freeze(_read_config(arguments.config, rest))
+    do = verb.search if arguments.search else verb.plan
+    do(config, arguments.topology, arguments.json, arguments.picture)
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """What the verbs share: an experiment's base, data and model, each made when first asked for."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import check_divides, make_mesh
-from safemoe_jax.parallel.sharding import shardings
+from safemoe_jax.parallel.sharding import shardings, with_shardings
 from safemoe_jax.remote import local_copy
 from safemoe_jax.training.state import (
     TrainState,
@@ -95,15 +96,9 @@ class Experiment:
         self, model: Transformer, collection: str, tx: optax.GradientTransformation
     ) -> TrainState:
         """What trains `experts` or `router`, at its start; it is made where it lives."""
-        begin = {"experts": init_expert_state, "router": init_router_state}[collection]
-
-        def make() -> TrainState:
-            key = jax.random.key(self.config.seed)
-            return begin(nn.unbox(_init(model, key)[collection]), tx)
-
-        placed = state_shardings(
-            self.mesh, boxed_shapes(model)[collection], jax.eval_shape(make), tx
-        )
+        shapes = state_shapes(self.mesh, model, collection, tx)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        make = functools.partial(_start, model, collection, tx, self.config.seed)
         return jax.jit(make, out_shardings=placed)()
 
     def placed(self, collection: str, tree: Any) -> Any:
@@ -165,8 +160,31 @@ def init_shapes(model: Transformer) -> Any:
     return nn.unbox(boxed_shapes(model))
 
 
+def collection_shapes(mesh: Mesh, model: Transformer) -> dict[str, Any]:
+    """Shapes of all three collections, with where they live."""
+    boxed = boxed_shapes(model)
+    return with_shardings(nn.unbox(boxed), shardings(mesh, boxed))
+
+
+def state_shapes(
+    mesh: Mesh, model: Transformer, collection: str, tx: optax.GradientTransformation
+) -> TrainState:
+    """Shapes of what trains `experts` or `router`, with where they live."""
+    shapes = jax.eval_shape(lambda: _start(model, collection, tx, seed=0))
+    return with_shardings(
+        shapes, state_shardings(mesh, boxed_shapes(model)[collection], shapes, tx)
+    )
+
+
 def num_params(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _start(
+    model: Transformer, collection: str, tx: optax.GradientTransformation, seed: int
+) -> TrainState:
+    begin = {"experts": init_expert_state, "router": init_router_state}[collection]
+    return begin(nn.unbox(_init(model, jax.random.key(seed))[collection]), tx)
 
 
 def _init(model: Transformer, key: jax.Array) -> Any:

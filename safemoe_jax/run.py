@@ -108,7 +108,7 @@ def train_experts(experiment: Experiment) -> Any:
     state = experiment.initial_state(model, "experts", tx)
     stage = Stage(
         name="experts",
-        step=_jitted(expert_train_step, model, tx, train_config.accumulation, state),
+        step=jitted_step(expert_train_step, model, tx, train_config.accumulation, state),
         frozen=frozen,
         batches=_batches(experiment, packed, train_config.rows),
         validate=expert_validation(model, frozen, held_out, rows, experiment.mesh),
@@ -145,7 +145,7 @@ def _train_router(experiment: Experiment) -> None:
     state = experiment.initial_state(model, "router", tx)
     stage = Stage(
         name="router",
-        step=_jitted(gate_train_step, model, tx, train_config.accumulation, state),
+        step=jitted_step(gate_train_step, model, tx, train_config.accumulation, state),
         frozen=frozen,
         batches=_batches(experiment, packed, train_config.rows),
         validate=gate_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
@@ -182,7 +182,7 @@ def train_safe_lora(experiment: Experiment) -> Any:
     state = experiment.initial_state(model, "experts", tx)
     stage = Stage(
         name="safe_lora",
-        step=_jitted(expert_train_step, model, tx, train_config.accumulation, state),
+        step=jitted_step(expert_train_step, model, tx, train_config.accumulation, state),
         frozen=frozen,
         batches=_batches(experiment, packed, train_config.rows),
         validate=expert_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
@@ -328,8 +328,11 @@ def _batches(experiment: Experiment, packed: PackedCorpus, rows: int) -> grain.D
     return train_iterator(packed, rows, experiment.config.seed, places)
 
 
-def _jitted(step, model: Transformer, tx, accumulation: int, state: TrainState):
-    """The train step, compiled for this stage; its state is donated and stays where it lies."""
+def jitted_step(step, model: Transformer, tx, accumulation: int, state: TrainState):
+    """The train step, compiled for this stage; its state is donated and stays where it lies.
+
+    Of `state`, arrays or shapes, only the shardings are read.
+    """
     step = functools.partial(step, model=model, tx=tx, accumulation=accumulation)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(

@@ -86,6 +86,11 @@ def fused_attention(
     return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, None)
 
 
+def splash_block(length: int) -> int:
+    """Tokens in a block of queries, and of keys; blocks above the diagonal are left out."""
+    return next(size for size in (512, 256, _TILE) if length % size == 0)
+
+
 def splash_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -112,7 +117,7 @@ def splash_attention(
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         _, length, heads, head_dim = q_BTNH.shape
-        block = next(size for size in (512, 256, _TILE) if length % size == 0)
+        block = splash_block(length)
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
             block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCKS, block)),

@@ -88,8 +88,21 @@ def _environment() -> dict[str, Any] | None:
         address = os.environ["JAX_COORDINATOR_ADDRESS"]
         return dict(coordinator_address=address, num_processes=count, process_id=index)
     slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return {} if slurm or tpu else None  # JAX reads the rest from Slurm or the TPU's metadata
+    return {} if slurm or has_tpu() else None  # JAX reads the rest from Slurm or the TPU's metadata
+
+
+def has_tpu() -> bool:
+    """Whether this machine has one."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def use_compiler_alone() -> None:
+    """Lets libtpu compile without a TPU: it would ask Google's metadata server which machine this
+    is, complain, and end a second process that compiles at the first one's lock file."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any will do
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def is_first() -> bool:

@@ -68,10 +68,27 @@ def _token_nll_backward(gradient_BTD, cotangent_BT):
 token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
+def num_chunks(rows: int, length: int, vocab_size: int) -> int:
+    """In how many chunks rows whose every token carries loss go through the head, on the mesh that
+    is set."""
+    parts = _parts(length)
+    at_once = _tokens_at_once(rows * parts, length // parts, vocab_size)
+    return -(-(length // parts) // at_once)
+
+
+def _parts(length: int) -> int:
+    """Where the mesh cuts rows along T, each part is compacted where it is."""
+    return math.gcd(length, extent("length"))
+
+
+def _tokens_at_once(parts: int, length: int, vocab_size: int) -> int:
+    at_once = _LOGITS_AT_ONCE * extent("parts", "vocab")
+    return max(1, min(length, at_once // (parts * vocab_size)))
+
+
 def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
     batch, length, _ = hidden_BTD.shape
-    # Where the mesh cuts rows along T, each part is compacted where it is.
-    parts = math.gcd(length, extent("length"))
+    parts = _parts(length)
     hidden_PTD, targets_PT, mask_PT = (
         constrain(
             x.reshape(batch * parts, length // parts, *x.shape[2:]), "parts", *[None] * (x.ndim - 1)
@@ -90,8 +107,7 @@ def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
 
 def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
     parts, length, _ = hidden_PTD.shape
-    at_once = _LOGITS_AT_ONCE * extent("parts", "vocab")
-    chunk = max(1, min(length, at_once // (parts * head_VD.shape[0])))
+    chunk = _tokens_at_once(parts, length, head_VD.shape[0])
     padding = -length % chunk
     head_VD = constrain(head_VD, "vocab", "activation")  # gathered once, not for each chunk
     front_PT = jnp.argsort(~mask_PT, axis=1, stable=True)

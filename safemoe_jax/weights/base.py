@@ -15,6 +15,7 @@ from safemoe_jax.fetch import file_sha256, wheel_member
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.remote import local_copy
 from safemoe_jax.weights import gguf, huggingface
+from safemoe_jax.weights.published import PUBLISHED
 
 EMBEDDED = {
     "smollm2-135m-instruct": dict(
@@ -81,6 +82,22 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
         sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     identity = BaseIdentity(source, sha256, checkpoint.license)
     return BaseModel(checkpoint.spec, checkpoint.params, checkpoint.tokenizer, identity)
+
+
+def read_spec(source: str) -> ModelSpec:
+    """A base's shape alone, without weights or network.
+
+    Args:
+      source: as in `load_base`; of a directory only config.json is read, and of a hub id in
+        `PUBLISHED` nothing.
+
+    Raises:
+      UserError: where the source is not there, or is no model that this package knows.
+    """
+    if source in PUBLISHED:
+        return PUBLISHED[source]
+    path = _locate(source, fetch=False)
+    return huggingface.read_spec(path / "config.json") if path.is_dir() else gguf.read_spec(path)
 
 
 def fetch_base(source: str) -> Path:

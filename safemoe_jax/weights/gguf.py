@@ -63,12 +63,7 @@ def load(path: Path, param_dtype: str) -> Checkpoint:
     Raises:
       UserError: where the file is no GGUF, or holds what this package does not model.
     """
-    try:
-        reader = _Reader(path)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{path} cannot be read as GGUF ({error}); fetch it again") from error
-    metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, tensors = _open(path)
     spec = _spec(metadata, tensors)
 
     def read(name: str) -> np.ndarray:
@@ -91,6 +86,24 @@ def load(path: Path, param_dtype: str) -> Checkpoint:
         metadata.get("general.license", UNKNOWN_LICENSE),
         (path,),
     )
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The spec that a GGUF file describes; its weights are not read.
+
+    Raises:
+      UserError: as `load`.
+    """
+    return _spec(*_open(path))
+
+
+def _open(path: Path) -> tuple[Metadata, dict[str, gguf.ReaderTensor]]:
+    try:
+        reader = _Reader(path)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as GGUF ({error}); fetch it again") from error
+    metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _unpermute(weights: np.ndarray, head_dim: int) -> np.ndarray:
