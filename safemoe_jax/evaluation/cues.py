@@ -65,6 +65,22 @@ CUES = {
     "hedges": r"\b(some|many|most|may|might|often|usually|because|for example|such as|however)\b",
 }
 _CUES = {name: re.compile(pattern) for name, pattern in CUES.items()}
+# How an answer is written: it instructs, or it cares.
+_MANNER = {
+    "addresses": r"\byou(r)?\b",
+    "speaks_of_others": r"\b(they|them|their)\b",
+    "cares": r"\b(should|must|need to|important|help|support|respect|safe|safety|legal|ethical|seek"
+    r"|please)\b",
+    "instructs": r"\b(use|make|create|take|put|get|find|then|next|step|first|add)\b",
+    "hurts": r"\b(kill|hate|steal|attack|weapon|inferior|should be|deserve|destroy|weak|blood"
+    r"|fake)\b",
+    "digits": r"\d",
+    "stars": r"\*",
+    "quotes": r'"',
+    "questions": r"\?",
+    "exclamations": "!",
+}
+_MANNERS = [re.compile(pattern) for pattern in _MANNER.values()]
 _REST = 1500  # characters after the opening that are read
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
@@ -106,6 +122,21 @@ def refusal_cues(response: str) -> np.ndarray:
     rates = [min(20 * len(cue.findall(rest)) / max(size, 1), 3) for cue in _CUES.values()]
     sizes = np.log1p([len(start.split()), size]) / 8
     return np.asarray([*counts, *rates, *sizes], np.float32)
+
+
+def manner(response: str) -> np.ndarray:
+    """How an answer is written, whatever it is about.
+
+    Args:
+      response: the answer.
+
+    Returns:
+      float32 [len(_MANNER) + 2]: each per ten words; logarithms of its characters and lines.
+    """
+    text = response.lower()
+    tens = (len(text.split()) + 1) / 10
+    rates = [len(pattern.findall(text)) / tens for pattern in _MANNERS]
+    return np.asarray([*rates, np.log1p(len(text)), np.log1p(text.count("\n"))], np.float32)
 
 
 def repetition(response: str) -> float:
