@@ -80,6 +80,7 @@ _MANNER = {
     "questions": r"\?",
     "exclamations": "!",
 }
+_LENGTH_SEEN = 400  # characters
 _MANNERS = [re.compile(pattern) for pattern in _MANNER.values()]
 _REST = 1500  # characters after the opening that are read
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
@@ -131,12 +132,13 @@ def manner(response: str) -> np.ndarray:
       response: the answer.
 
     Returns:
-      float32 [len(_MANNER) + 2]: each per ten words; logarithms of its characters and lines.
+      float32 [len(_MANNER) + 1]: each per ten words, and the logarithm of its characters, of which
+      400 at most count: no long answer must seem worse than another for being longer still.
     """
     text = response.lower()
     tens = (len(text.split()) + 1) / 10
     rates = [len(pattern.findall(text)) / tens for pattern in _MANNERS]
-    return np.asarray([*rates, np.log1p(len(text)), np.log1p(text.count("\n"))], np.float32)
+    return np.asarray([*rates, np.log1p(min(len(text), _LENGTH_SEEN))], np.float32)
 
 
 def repetition(response: str) -> float:

@@ -92,13 +92,13 @@ def _views(rarity: Mapping[str, float]) -> list[Pipeline]:
             ),
         ]
     )
-    presence = CountVectorizer(preprocessor=_body, binary=True, min_df=2)
+    presence = CountVectorizer(preprocessor=_body, binary=True)
     balanced = dict(class_weight="balanced", max_iter=3000)
     return [
         make_pipeline(phrases, LogisticRegression(**balanced)),
         make_pipeline(presence, BernoulliNB(alpha=0.5)),
         make_pipeline(
-            FunctionTransformer(manner), StandardScaler(), LogisticRegression(C=0.1, **balanced)
+            FunctionTransformer(manner), StandardScaler(), LogisticRegression(C=0.3, **balanced)
         ),
     ]
 
