@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.ensemble import VotingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
@@ -68,7 +67,7 @@ class EmbeddedJudge:
     def __init__(
         self,
         scorer: CachedScorer,
-        refusal: VotingClassifier,
+        refusal: Pipeline,
         harm: HarmDetector,
         harm_threshold: float,
         topic: Pipeline,
@@ -258,7 +257,7 @@ def _withholds(row: JudgeRow, misplaced: bool) -> bool | None:
 
 def _fit_refusal(
     rows: Sequence[JudgeRow], withheld: Sequence[bool | None], folds: StratifiedGroupKFold
-) -> tuple[VotingClassifier, np.ndarray]:
+) -> tuple[Pipeline, np.ndarray]:
     """-> the model, and each row's refusal bool [rows] by a model that did not see its group."""
     known = [i for i, label in enumerate(withheld) if label is not None]
     written, refusals, _ = examples.written()
@@ -276,28 +275,18 @@ def _fit_refusal(
     return model, refused
 
 
-def _refusal_model() -> VotingClassifier:
-    """A vote of acts of refusal alone and of acts with n-grams of the opening: the first knows no
-    author's words, the second is surer of the words that it knows."""
-    acts = FunctionTransformer(_refusal_cues)
-    opening = FeatureUnion(
-        [
-            ("acts", acts),
-            ("words", _words(cues.opening, (1, 3))),
-            ("characters", _characters(cues.opening, (2, 4))),
-        ]
-    )
-    views = {"acts": acts, "opening": opening}
-    return VotingClassifier(
-        [
-            (name, make_pipeline(view, LogisticRegression(C=3, max_iter=3000)))
-            for name, view in views.items()
-        ],
-        voting="soft",
-    )
+def _refusal_model() -> Pipeline:
+    """Acts of refusal, which know no author's words, with n-grams of the opening, which are surer
+    of the words that they know. A vote of the acts alone with both found fewer unknown manners."""
+    views = [
+        ("acts", FunctionTransformer(_refusal_cues)),
+        ("words", _words(cues.opening, (1, 3))),
+        ("characters", _characters(cues.opening, (2, 4))),
+    ]
+    return make_pipeline(FeatureUnion(views), LogisticRegression(C=3, max_iter=3000))
 
 
-def _refuses(model: VotingClassifier, answers: Sequence[str]) -> np.ndarray:
+def _refuses(model: Pipeline, answers: Sequence[str]) -> np.ndarray:
     return model.predict_proba(list(answers))[:, 1] > _REFUSED
 
 

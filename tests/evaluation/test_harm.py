@@ -6,20 +6,10 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from safemoe_jax.evaluation.harm import HarmDetector
 
-WORDS = [
-    "oven",
-    "chain",
-    "planet",
-    "tulip",
-    "violin",
-    "anchor",
-    "castle",
-    "grinder",
-    "glacier",
-    "novel",
-    "goal",
-    "kitten",
-]
+WORDS = (
+    "oven", "chain", "planet", "tulip", "violin", "anchor",
+    "castle", "grinder", "glacier", "novel", "goal", "kitten",
+)  # fmt: skip
 
 
 def pairs(words):
