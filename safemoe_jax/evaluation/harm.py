@@ -63,10 +63,11 @@ class HarmDetector:
         return self._calibration.predict_proba(self._vote(unseen))[:, 1]
 
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """float [pairs], P(harm)."""
+        """float [pairs], P(harm), whatever else is asked beside it: dense products of more rows sum
+        in another order, so the last digits are dropped."""
         pairs = list(pairs)
         odds = np.stack([_odds(model.predict_log_proba(pairs)) for model in self._models])
-        return self._calibration.predict_proba(self._vote(odds))[:, 1]
+        return self._calibration.predict_proba(self._vote(odds))[:, 1].round(9)
 
     def _vote(self, odds: np.ndarray) -> np.ndarray:
         """[views, pairs] -> [pairs, 1]"""
