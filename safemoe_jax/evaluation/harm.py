@@ -51,7 +51,7 @@ class HarmDetector:
             [
                 _odds(
                     cross_val_predict(
-                        view, pairs, harmful, groups=groups, cv=folds, method="predict_log_proba"
+                        view, pairs, harmful, groups=groups, cv=folds, method=_method(view)
                     )
                 )
                 for view in self._views
@@ -66,7 +66,7 @@ class HarmDetector:
         """float [pairs], P(harm), whatever else is asked beside it: dense products of more rows sum
         in another order, so the last digits are dropped."""
         pairs = list(pairs)
-        odds = np.stack([_odds(model.predict_log_proba(pairs)) for model in self._models])
+        odds = np.stack([_odds(getattr(m, _method(m))(pairs)) for m in self._models])
         return self._calibration.predict_proba(self._vote(odds))[:, 1].round(9)
 
     def _vote(self, odds: np.ndarray) -> np.ndarray:
@@ -104,8 +104,13 @@ def _views(rarity: Mapping[str, float]) -> list[Pipeline]:
     ]
 
 
-def _odds(log_chances: np.ndarray) -> np.ndarray:
-    return log_chances[:, 1] - log_chances[:, 0]
+def _method(model: Pipeline) -> str:
+    """What gives log-odds: a regression's probabilities may be 1, whose odds are infinite."""
+    return "decision_function" if hasattr(model, "decision_function") else "predict_log_proba"
+
+
+def _odds(said: np.ndarray) -> np.ndarray:
+    return said if said.ndim == 1 else said[:, 1] - said[:, 0]
 
 
 def _body(pair: Pair) -> str:
