@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from safemoe_jax.serving import verbs
+
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
@@ -27,6 +29,8 @@ VERBS = {
     "run": "all of it, from where it was left",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
+    "chat": "talk with a bundle in the terminal, its gates in view",
+    "serve": "an OpenAI-compatible server for a bundle, on this machine unless told otherwise",
     "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
@@ -54,7 +58,14 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     try:
         _set_up_jax()
-        others = {"generate": _generate, "export": _export, "import": _import, "sweep": _sweep}
+        others = {
+            "generate": _generate,
+            "chat": _chat,
+            "serve": _serve,
+            "export": _export,
+            "import": _import,
+            "sweep": _sweep,
+        }
         others.get(arguments.verb, _experiment_verb)(arguments, rest)
     except UserError as error:
         return _say(error, EXIT_USER)
@@ -83,10 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
         allow_abbrev=False,
     )
-    own = {"generate": _add_generate, "export": _add_export, "import": _add_import}
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    own = {
+        "generate": _add_generate,
+        "chat": verbs.add_chat,
+        "serve": verbs.add_serve,
+        "export": _add_export,
+        "import": _add_import,
+    }
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        sub = parsers.add_parser(verb, help=text, description=text, allow_abbrev=False)
         if verb in own:
             own[verb](sub)
             continue
@@ -156,14 +173,10 @@ def _add_sweep(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
     sub.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be repeated; default: standard input"
     )
-    sub.add_argument("--max-new-tokens", type=int, default=256)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
+    verbs.add_sampling(sub)
     sub.add_argument(
         "--gates", action="store_true", help="print the mean gate per expert and token"
     )
@@ -399,6 +412,16 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+
+
+def _chat(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse_rest("chat", rest)
+    verbs.chat(arguments)
+
+
+def _serve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse_rest("serve", rest)
+    verbs.serve(arguments)
 
 
 def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -150,7 +150,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Takes a request into the queue: first come, first served."""
-        assert request.prompt and 0 < request.max_new_tokens
+        assert request.prompt and request.max_new_tokens > 0
         assert request.room <= self._model.spec.max_positions
         self._waiting.append(request)
 
@@ -372,7 +372,7 @@ def _step(
 
 
 def _choose(logits_BV: jax.Array, rows: _Row, live_B: jax.Array) -> jax.Array:
-    """Greedy where the temperature is 0, else drawn; work that no live slot asks for is not done."""
+    """Greedy where the temperature is 0, else drawn; what no live slot asks for is not computed."""
     likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     drawn_B = rows.temperature_B > 0
 
