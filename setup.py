@@ -42,6 +42,8 @@ setup(
         "plotly>=6",
         "rich>=14",
         "requests>=2.32",  # tensorflow-datasets needs it too
+        "fastapi>=0.120",
+        "uvicorn>=0.38",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
@@ -50,6 +52,7 @@ setup(
         "slurm": ["submitit>=1.5.3"],
         "test": [
             "pytest>=8",
+            "openai>=2",  # the server's tests speak to it as its users do
             "ruff>=0.12",
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",

@@ -14,7 +14,7 @@ _SECONDS_TO_SEND_BODY = 30
 class Door:
     """ASGI, before another application.
 
-    A web page can send a browser to a loopback address, under a name of its own even such that it may
+    A web page can send a browser to a loopback address, even under a name of its own, and may then
     read the answer. So where there is no key, requests must be addressed to the address itself.
     """
 
@@ -46,13 +46,14 @@ class Door:
 
     def _limited(self, receive: Any) -> Any:
         seen, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + _SECONDS_TO_SEND_BODY
 
         async def limited() -> Any:
             nonlocal seen, complete
             if complete:
                 return await receive()
             try:
-                async with asyncio.timeout(_SECONDS_TO_SEND_BODY):
+                async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError as error:
                 raise HTTPException(408, "the body did not come in time") from error
