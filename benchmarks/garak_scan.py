@@ -74,7 +74,9 @@ def scan(python: Path, url: str, prompts: int) -> list[tuple[str, ...]]:
         (file := Path(directory) / "garak.json").write_text(json.dumps(config))
         environment = {**os.environ, "OPENAICOMPATIBLE_API_KEY": "none", "XDG_DATA_HOME": directory}
         subprocess.run(
-            [python, "-m", "garak", "--config", file, "--narrow_output"], env=environment, check=True
+            [python, "-m", "garak", "--config", file, "--narrow_output"],
+            env=environment,
+            check=True,
         )
         lines = (Path(directory) / "scan.report.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]

@@ -150,7 +150,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Takes a request into the queue: first come, first served."""
-        assert request.prompt and request.max_new_tokens > 0
+        assert len(request.prompt) and request.max_new_tokens > 0
         assert request.room <= self._model.spec.max_positions
         self._waiting.append(request)
 

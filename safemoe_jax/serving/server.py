@@ -76,7 +76,7 @@ def serve(directory: Path, *, host: str, port: int, name: str, limits: Limits) -
         app = make_app(service, name, key, None if key else host)
         server = Server(app, service, listener)
         ready = f"serving {directory} as {name!r} on http://{place}/v1; gates are its router's"
-        asyncio.run(_until_signal(server, lambda: console.print(ready, markup=False)))
+        asyncio.run(_until_signal(server, ready))
 
 
 class Server:
@@ -99,16 +99,18 @@ class Server:
 
         Raises whatever has ended the engine.
         """
-        await self._service.worker.start()
-        serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
-        while not (self._uvicorn.started or serving.done()):
-            await asyncio.sleep(0.01)
-        ready()
-        while not self._over():
-            await asyncio.sleep(0.05)
-        self._uvicorn.should_exit = True
-        await serving
-        await self._service.worker.close()
+        worker = self._service.worker
+        await worker.start()
+        if not worker.failed:
+            serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
+            while not (self._uvicorn.started or serving.done()):
+                await asyncio.sleep(0.01)
+            ready()
+            while not (self._over() or serving.done()):
+                await asyncio.sleep(0.05)
+            self._uvicorn.should_exit = True
+            await serving
+        await worker.close()
 
     def stop(self) -> None:
         """Takes no more requests, and ends with the running ones; called again, cuts them off."""
@@ -128,10 +130,14 @@ class _Uvicorn(uvicorn.Server):
         yield  # signals are `_until_signal`'s
 
 
-async def _until_signal(server: Server, say_ready: Callable[[], object]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, server.stop)
-    await server.run(say_ready)
+async def _until_signal(server: Server, ready: str) -> None:
+    def begin() -> None:
+        # From here on only: what comes earlier ends the verb at once.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, server.stop)
+        console.print(ready, markup=False)
+
+    await server.run(begin)
 
 
 async def _until_sent() -> AsyncIterator[contextlib.ExitStack]:

@@ -29,15 +29,10 @@ class Worker:
         self._error: BaseException | None = None
 
     async def start(self) -> None:
-        """Starts the thread and waits until the engine is there.
-
-        Raises:
-          EngineFailed: where it could not be made.
-        """
+        """Starts the thread and waits until the engine is there, or has `failed`."""
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._thread.start()
         await self._ready.wait()
-        self.check()
 
     @property
     def outstanding(self) -> int:
