@@ -25,7 +25,7 @@ from safemoe_jax.parallel.hosts import to_host
 from safemoe_jax.parallel.sharding import constrain, whole_rows
 
 _SMALLEST_BUCKET = 64
-# Prompts are read together while they have no more tokens than this; a CPU gains nothing by more.
+# A CPU is no faster with more.
 _TOKENS_AT_ONCE = {"cpu": 1024, "gpu": 16_384, "tpu": 16_384}
 
 
@@ -115,6 +115,11 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def tokens_at_once() -> int:
+    """How many tokens one pass over whole texts should have on this machine."""
+    return _TOKENS_AT_ONCE[jax.default_backend()]
+
+
 class Engine:
     """Decodes requests in slots. Not thread-safe, but for `Request.over`.
 
@@ -200,8 +205,7 @@ class Engine:
         return min(bucket(length), self._model.spec.max_positions)
 
     def _together(self, length: int) -> int:
-        at_once = _TOKENS_AT_ONCE[jax.default_backend()] // length
-        return max(1, min(at_once, self._slots))
+        return max(1, min(tokens_at_once() // length, self._slots))
 
     def _fit(self) -> None:
         """Gives the cache the length that the running requests need.
