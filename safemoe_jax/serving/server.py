@@ -332,6 +332,8 @@ def _is_loopback(host: str) -> bool:
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket on the address, taken before anything is loaded; uvicorn listens on it."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}; ports go from 0, which takes a free one, to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -342,5 +344,5 @@ def _bound(host: str, port: int) -> socket.socket:
             listener.close()
             raise
         return listener
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"cannot serve on {host}:{port} ({error}); give another") from error

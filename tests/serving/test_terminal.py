@@ -120,7 +120,7 @@ def test_lines_are_cut_and_cannot_steer_the_terminal():
     assert terminal._lines("one two three", 8) == (["one two "], "three")
     assert terminal._lines("a\nbcdefghij", 4) == (["a", "bcde", "fghi"], "j")
     assert terminal._lines("日本語", 4) == (["日本"], "語")
-    assert terminal._lines("\x1b[2J\x9b\ta\r", 40) == ([], "\ufffd[2J\ufffd  a\ufffd")
+    assert terminal._lines("\x1b[2J\x9b\ta\r", 40) == ([], "\ufffd[2J\ufffd   a\ufffd")
 
 
 def test_bars_show_what_is_added_and_what_is_subtracted():
