@@ -1,4 +1,4 @@
-"""lm-eval with our model, and with its own `hf` on the same base: the same task, the same numbers."""
+"""lm-eval with our model, and with its own `hf` on the same base: same tasks, same numbers."""
 
 import json
 
@@ -85,7 +85,7 @@ def responses(result, task):
 
 
 def test_log_likelihoods_and_accuracy_are_those_of_hf(results):
-    ours, theirs, gated = results
+    ours, theirs, _ = results
     for metric in ("acc,none", "acc_norm,none"):
         assert ours["results"]["tiny_choices"][metric] == theirs["results"]["tiny_choices"][metric]
     for mine, other, routed in zip(

@@ -396,13 +396,9 @@ def test_other_addresses_need_a_key(mistake, monkeypatch):
     assert "SAFEMOE_API_KEY has 0 characters" in mistake("--host", "0.0.0.0")
 
 
-def test_bad_options_are_said_before_anything_is_loaded(mistake, running, monkeypatch):
-    monkeypatch.setenv(server_module.KEY_VARIABLE, "k" * 16)
+def test_bad_options_are_said_before_anything_is_loaded(mistake, running):
     assert f"cannot serve on 127.0.0.1:{running.port}" in mistake("--port", str(running.port))
     assert "--port is 70000; ports go from 0" in mistake("--port", "70000")
-    assert "cannot serve on no.such.host.invalid:0" in mistake(
-        "--host", "no.such.host.invalid", "--port", "0"
-    )
     assert "--slots is 0" in mistake("--port", "0", "--slots", "0")
     line = mistake("--port", "0", "--max-length", "9999", "--max-tokens", "600")
     assert "--max-length 512 (the base takes 512)" in line
