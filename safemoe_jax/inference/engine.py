@@ -243,8 +243,8 @@ class Engine:
             temperature_B=each((request.temperature for request in group), np.float32),
             top_p_B=each((request.top_p for request in group), np.float32),
         )
-        args = self._model, self._variables, self._routing, self._state
-        self._state = _read_prompts(*args, tokens_RT, length_R, slot_R, new)
+        args = self._model, self._variables, self._routing
+        self._state = _put(self._state, slot_R, *_read_prompts(*args, tokens_RT, length_R), new)
 
     def _dispatch(self) -> _Sent | None:
         members = []
@@ -314,10 +314,17 @@ def _empty(model: Transformer, slots: int, capacity: int) -> _State:
     none_B = jnp.zeros(slots, jnp.int32)
     cache = model.empty_cache(slots, capacity)
     dtype = jnp.promote_types(model.compute_dtype, jnp.float32)  # as `logits` gives them
-    logits_BV = constrain(jnp.zeros((slots, model.spec.vocab_size), dtype), "batch", "vocab")
+    logits_BV = jnp.zeros((slots, model.spec.vocab_size), dtype)
     ones_B = jnp.ones(slots, jnp.float32)
     rows = _Row(none_B.astype(jnp.uint32), none_B, none_B, ones_B, ones_B)
-    return _State(cache, logits_BV, rows)
+    return _laid_out(cache, logits_BV, rows)
+
+
+def _laid_out(cache: Cache, logits_BV: jax.Array, rows: _Row) -> _State:
+    """A state that lies on the mesh as every other, so that it can be written in place."""
+    cache = jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), cache, CACHE_AXES)
+    rows = jax.tree.map(lambda leaf: constrain(leaf, None), rows)
+    return _State(cache, constrain(logits_BV, "batch", "vocab"), rows)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -333,14 +340,18 @@ def _resized(cache: Cache, capacity: int) -> Cache:
     return cache.replace(k_LBKCH=resized(cache.k_LBKCH), v_LBKCH=resized(cache.v_LBKCH))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _read_prompts(
-    model, variables, routing, state: _State, tokens_RT, length_R, slot_R, new: _Row
-) -> _State:
-    """Reads right-padded prompts into slots; a slot that does not exist takes nothing."""
+@functools.partial(jax.jit, static_argnums=0)
+def _read_prompts(model, variables, routing, tokens_RT, length_R) -> tuple[Cache, jax.Array]:
+    """Reads right-padded prompts -> a cache of their own, next-token logits [R, V]."""
     tokens_RT = constrain(tokens_RT, "batch", None)
     cache = model.empty_cache(*tokens_RT.shape)
-    cache, logits_RV = prefill(model, variables, routing, tokens_RT, length_R, cache)
+    return prefill(model, variables, routing, tokens_RT, length_R, cache)
+
+
+# Apart from the reading, which takes long to compile and need not know how long the cache is.
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(state: _State, slot_R, cache: Cache, logits_RV, rows: _Row) -> _State:
+    """Puts what was read into slots; a slot that does not exist takes nothing."""
 
     def put(old, new, axis=0):
         place = (slice(None),) * axis + (slot_R,)
@@ -349,7 +360,7 @@ def _read_prompts(
         return old.at[place].set(new, mode="drop")
 
     old = state.cache
-    return _State(
+    return _laid_out(
         cache=Cache(
             k_LBKCH=put(old.k_LBKCH, cache.k_LBKCH, axis=1),
             v_LBKCH=put(old.v_LBKCH, cache.v_LBKCH, axis=1),
@@ -358,7 +369,7 @@ def _read_prompts(
             length_B=put(old.length_B, cache.length_B),
         ),
         logits_BV=put(state.logits_BV, logits_RV),
-        rows=jax.tree.map(put, state.rows, new),
+        rows=jax.tree.map(put, state.rows, rows),
     )
 
 
@@ -372,7 +383,7 @@ def _step(
     rows = state.rows.replace(step_B=state.rows.step_B + 1)
     if gates_LBE is not None:
         gates_LBE = constrain(gates_LBE, None, None, None)  # every host reads all of them
-    return _State(cache, logits_BV, rows), constrain(token_B, None), gates_LBE
+    return _laid_out(cache, logits_BV, rows), constrain(token_B, None), gates_LBE
 
 
 def _choose(logits_BV: jax.Array, rows: _Row, live_B: jax.Array) -> jax.Array:
