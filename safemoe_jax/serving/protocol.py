@@ -59,6 +59,16 @@ class _Strict(BaseModel):
         return {key: value for key, value in values.items() if value is not None}
 
 
+def _unicode(values: list[Any]) -> list[Any]:
+    """Refuses lone surrogates, which JSON can write and no tokenizer reads; numbers are passed."""
+    for value in values:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text is no valid Unicode") from error
+    return values
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False  # OpenAI's padding against traffic analysis; there is none
@@ -106,7 +116,7 @@ class _Body(_Strict):
         stops = [value] if isinstance(value, str) else value
         if len(stops) > 4 or not all(0 < len(stop) <= 256 for stop in stops):
             raise ValueError("give at most 4 strings of 1 to 256 characters")
-        return stops
+        return _unicode(stops)
 
 
 class TextPart(_Strict):
@@ -118,6 +128,12 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str = ""
+
+    @field_validator("content")
+    @classmethod
+    def _is_unicode(cls, value: str | list[TextPart]) -> str | list[TextPart]:
+        _unicode([value] if isinstance(value, str) else [part.text for part in value])
+        return value
 
     def turn(self) -> dict[str, str]:
         """As a chat template reads it."""
@@ -145,6 +161,12 @@ class CompletionBody(_Body):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(16, ge=1)
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        _unicode(value if isinstance(value, list) else [value])
+        return value
 
     def prompts(self) -> list[str | list[int]]:
         """One text, or one list of token ids, for each answer (times n)."""

@@ -294,15 +294,15 @@ def _body_limit(limits: Limits) -> int:
 
 
 def _checked(limits: Limits, max_positions: int) -> Limits:
-    limits = limits._replace(max_length=min(limits.max_length, max_positions))
-    if limits.slots < 1 or limits.max_queue < 0 or not 1 <= limits.max_tokens < limits.max_length:
+    """The limits, lowered to what the base takes."""
+    if limits.slots < 1 or limits.max_queue < 0 or limits.max_length < 2 or limits.max_tokens < 1:
         raise UserError(
-            f"--slots is {limits.slots}, --max-queue {limits.max_queue}, --max-tokens "
-            f"{limits.max_tokens}, --max-length {limits.max_length} (the base takes "
-            f"{max_positions}); they must be at least 1, at least 0, at least 1, and more than "
-            "--max-tokens"
+            f"--slots is {limits.slots}, --max-queue {limits.max_queue}, --max-length "
+            f"{limits.max_length}, --max-tokens {limits.max_tokens}; they must be at least 1, 0, 2 "
+            "and 1"
         )
-    return limits
+    length = min(limits.max_length, max_positions)
+    return limits._replace(max_length=length, max_tokens=min(limits.max_tokens, length - 1))
 
 
 def _key(host: str) -> str | None:

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,7 +264,8 @@ def test_no_request_sets_the_gates_or_leaves_the_router_out(running, change):
         (CHAT | {"model": "gpt"}, 404, "there is no such model here; there is 'safemoe'"),
         (CHAT | {"messages": []}, 400, "messages: List should have at least 1 item"),
         (CHAT | {"messages": [{"role": "cat", "content": "a"}]}, 400, "messages.0.role: Input"),
-        (CHAT | {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages.0.content"),
+        (CHAT | {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "no valid Unicode"),
+        (CHAT | {"stop": "\ud800"}, 400, "stop: the text is no valid Unicode"),
         (CHAT | {"messages": [{"role": "assistant", "content": "a"}]}, 400, "must be the user's"),
         (CHAT | {"temperature": "hot"}, 400, "temperature: Input should be a valid number"),
         (CHAT | {"temperature": float("nan")}, 400, "temperature: Input should be a finite"),
@@ -276,7 +278,8 @@ def test_no_request_sets_the_gates_or_leaves_the_router_out(running, change):
         (CHAT | {"max_tokens": 301}, 400, "301 new tokens are asked for; this server gives 300"),
         (CHAT | {"logprobs": True}, 400, "logprobs is not supported here; leave it out"),
         (CHAT | {"tools": [{}]}, 400, "tools is not supported here; leave it out"),
-        (CHAT | {"\ud800\x1b" * 99: 1}, 400, "unknown field \\ud800\\x1b"),
+        (CHAT | {"\x1b\u2028" * 99: 1}, 400, "unknown field \\x1b\\u2028\\x1b"),
+        (CHAT | {"\ud800": 1}, 400, "Input should be a valid string"),
         (
             CHAT | {"messages": [{"role": "user", "content": "a" * 500}]},
             400,
@@ -399,34 +402,45 @@ def test_other_addresses_need_a_key(mistake, monkeypatch):
 def test_bad_options_are_said_before_anything_is_loaded(mistake, running):
     assert f"cannot serve on 127.0.0.1:{running.port}" in mistake("--port", str(running.port))
     assert "--port is 70000; ports go from 0" in mistake("--port", "70000")
-    assert "--slots is 0" in mistake("--port", "0", "--slots", "0")
-    line = mistake("--port", "0", "--max-length", "9999", "--max-tokens", "600")
-    assert "--max-length 512 (the base takes 512)" in line
+    for option in ("slots", "max-length", "max-tokens"):
+        line = mistake("--port", "0", f"--{option}", "0")
+        assert re.search(f"--{option} (is )?0[,;]", line)
+
+
+def test_limits_are_at_most_what_the_base_takes():
+    found = server_module._checked(Limits(8, 64, 2048, 1024), 512)
+    assert found == Limits(8, 64, max_length=512, max_tokens=511)
 
 
 # endings
 
 
+def health(address):
+    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+
+
 def test_sigterm_ends_with_the_running_answers(bundle_path):
     """In the middle of long answers: new ones are refused, the running ones whole, the exit 0."""
     command = [sys.executable, "-m", "safemoe_jax.cli", "serve", "--bundle", str(bundle_path)]
-    command += ["--port", "0", "--slots", "1", "--max-tokens", "400"]
+    command += ["--port", "0", "--slots", "1", "--max-length", "160"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             url = process.stdout.readline().split("http://")[1].split("/v1")[0]
             with openai.OpenAI(base_url=f"http://{url}/v1", api_key="none", max_retries=0) as to:
-                hot = {"temperature": 2.0, "seed": 0, "n": 6, "max_tokens": 400}
+                hot = {"temperature": 2.0, "seed": 0, "n": 16, "max_tokens": 100}
                 with ask(to, "a", stream=True, **hot) as stream:
                     chunks = iter(stream)
                     next(chunks)
                     process.send_signal(signal.SIGTERM)
-                    time.sleep(0.2)
+                    until(lambda: health(url) == 503)
                     with pytest.raises(openai.InternalServerError) as refused:
                         ask(to, "b")
                     assert refused.value.status_code == 503
                     reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
-            assert sum(reason is not None for reason in reasons) == 6
+            assert sum(reason is not None for reason in reasons) == 16
             assert process.wait(60) == 0
         finally:
             process.kill()

@@ -16,7 +16,7 @@ from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.serving import terminal
 
-WIDTH = 40
+WIDTH = 60
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ def talk(bundle_path, monkeypatch):
     def talk(*lines, options=()):
         screen, said = io.StringIO(), iter(lines)
         monkeypatch.setattr(
-            terminal, "console", Console(file=screen, force_terminal=True, width=WIDTH)
+            terminal,
+            "console",
+            Console(file=screen, force_terminal=True, width=WIDTH, highlight=False),
         )
         monkeypatch.setattr(terminal.sys.stdin, "isatty", lambda: True, raising=False)
 
