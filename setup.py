@@ -42,6 +42,8 @@ setup(
         "plotly>=6",
         "rich>=14",
         "requests>=2.32",  # tensorflow-datasets needs it too
+        "fastapi>=0.120",
+        "uvicorn>=0.38",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
@@ -52,6 +54,7 @@ setup(
             # The TPU's compiler, for safemoe plan; no TPU is needed.
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8",
+            "openai>=2",  # the server's tests speak to it as its users do
             "ruff>=0.12",
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from safemoe_jax.serving import verbs
+
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
@@ -28,6 +30,8 @@ VERBS = {
     "plan": "what an experiment needs on a TPU slice, by the real compiler; needs no TPU",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
+    "chat": "talk with a bundle in the terminal, its gates in view",
+    "serve": "an OpenAI-compatible server for a bundle, on this machine unless told otherwise",
     "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
@@ -58,7 +62,14 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             _plan(arguments, rest)
             return 0
         _set_up_jax()
-        others = {"generate": _generate, "export": _export, "import": _import, "sweep": _sweep}
+        others = {
+            "generate": _generate,
+            "chat": _chat,
+            "serve": _serve,
+            "export": _export,
+            "import": _import,
+            "sweep": _sweep,
+        }
         others.get(arguments.verb, _experiment_verb)(arguments, rest)
     except UserError as error:
         return _say(error, EXIT_USER)
@@ -91,12 +102,14 @@ def _parser() -> argparse.ArgumentParser:
         "plan": _add_plan,
         "sweep": _add_sweep,
         "generate": _add_generate,
+        "chat": verbs.add_chat,
+        "serve": verbs.add_serve,
         "export": _add_export,
         "import": _add_import,
     }
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        sub = parsers.add_parser(verb, help=text, description=text, allow_abbrev=False)
         if verb in own:
             own[verb](sub)
         else:
@@ -191,14 +204,10 @@ def _add_sweep(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
     sub.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be repeated; default: standard input"
     )
-    sub.add_argument("--max-new-tokens", type=int, default=256)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
+    verbs.add_sampling(sub)
     sub.add_argument(
         "--gates", action="store_true", help="print the mean gate per expert and token"
     )
@@ -449,6 +458,16 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+
+
+def _chat(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse_rest("chat", rest)
+    verbs.chat(arguments)
+
+
+def _serve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse_rest("serve", rest)
+    verbs.serve(arguments)
 
 
 def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

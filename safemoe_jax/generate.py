@@ -62,11 +62,7 @@ def answer(
     Raises:
       UserError: on a bundle that is refused, an ungated routing without leave, or bad settings.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise UserError(
-            f"--max-new-tokens is {max_new_tokens}, --temperature {temperature}, --top-p {top_p}; "
-            "they must be at least 1, at least 0, and in (0, 1]"
-        )
+    check_sampling(max_new_tokens, temperature, top_p)
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; give --prompt TEXT, or text on standard input")
     bundle = read_bundle(directory, None)
@@ -88,9 +84,18 @@ def answer(
         if len(prompts) > 1:
             console.out(f"> {prompt}", style="bold", highlight=False)
         # As it is: not wrapped, and no [markup] or :emoji: read into it.
-        console.out(chat.tokenizer.decode(generation.tokens), highlight=False)
+        console.out(chat.text(generation.tokens), highlight=False)
         if show_gates and generation.gates_TLE is not None:
             console.print(_gates_table(generation, chat.tokenizer, domains))
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises UserError where these options make no sense."""
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError(
+            f"--max-new-tokens is {max_new_tokens}, --temperature {temperature}, --top-p {top_p}; "
+            "they must be at least 1, at least 0, and in (0, 1]"
+        )
 
 
 def on_devices(directory: Path, bundle: Bundle) -> Loaded:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safemoe_jax.inference.sampler import Generation, bucket
+from safemoe_jax.inference.engine import bucket
+from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.precision import at_least_float32
 from safemoe_jax.model.transformer import Transformer, logits

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toys import ROUTER, SPEC, forward, toy_batch, toy_model, toy_variables
 
-from safemoe_jax.inference.sampler import decode_step, prefill
+from safemoe_jax.inference.engine import decode_step, prefill
 from safemoe_jax.model.lora import Gates, Routed
 from safemoe_jax.model.transformer import logits
 
