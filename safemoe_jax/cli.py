@@ -23,7 +23,7 @@ VERBS = {
     "train-experts": "stage one: one LoRA expert per harm domain",
     "train-gate": "stage two: the router; writes the bundle",
     "evaluate": "compare the systems on held-out prompts",
-    "report": "write report.html of an evaluated run",
+    "report": "write the report of evaluated runs, or draw it again from its report.json",
     "run": "all of it, from where it was left",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
@@ -53,6 +53,8 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from safemoe_jax.training.loop import Diverged
 
     try:
+        if arguments.verb == "report" and arguments.config is None:
+            return _report(arguments, rest)  # it needs no device, and no other host
         _set_up_jax()
         others = {"generate": _generate, "export": _export, "import": _import, "sweep": _sweep}
         others.get(arguments.verb, _experiment_verb)(arguments, rest)
@@ -94,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
             _add_sweep(sub)
         else:
             sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
-            sub.add_argument("--config", type=Path, required=True, help="experiment file")
+            needed = verb != "report"
+            sub.add_argument("--config", type=Path, required=needed, help="experiment file")
             sub.add_argument(
                 "--workdir",
                 metavar="DIR",
@@ -117,7 +120,27 @@ def _parser() -> argparse.ArgumentParser:
                 help="read a sheet with labels: people are one more judge",
             )
         if verb == "report":
+            sub.usage += (
+                " [--full]\n       safemoe report --runs DIR [DIR ...] [--out DIR] [--full]"
+                "\n       safemoe report --results report.json [--out DIR]"
+            )
             sub.add_argument("--full", action="store_true", help="whole texts, unsafe ones too")
+            sub.add_argument(
+                "--runs",
+                type=Path,
+                nargs="+",
+                metavar="DIR",
+                help="evaluated work directories of one experiment, a seed each: one report of all",
+            )
+            sub.add_argument(
+                "--results",
+                type=Path,
+                metavar="FILE",
+                help="a report.json: its page and table are drawn again",
+            )
+            sub.add_argument(
+                "--out", type=Path, metavar="DIR", help="default: where the numbers are from"
+            )
         if verb in ("train-gate", "run", "sweep"):
             sub.add_argument(
                 "--keep-experts",
@@ -244,9 +267,12 @@ def _set_up_jax() -> None:
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from safemoe_jax import run
     from safemoe_jax.config import freeze
+    from safemoe_jax.errors import UserError
     from safemoe_jax.experiment import Experiment
     from safemoe_jax.workdir import Workdir
 
+    if arguments.verb == "report" and (arguments.runs or arguments.results or arguments.out):
+        raise UserError("--runs, --results and --out need no --config; leave it out")
     config = freeze(_read_config(arguments.config, rest))
     root = arguments.workdir or Path("runs") / arguments.config.stem
     with Workdir(root, config) as workdir:
@@ -263,6 +289,27 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
             "run": lambda: run.run(experiment, arguments.keep_experts),
         }
         verbs[arguments.verb]()
+
+
+def _report(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """The report of runs that are done, wherever they were made; no experiment file is needed."""
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.evaluation.report import draw, write_report
+
+    _refuse_rest("report", rest)
+    if (arguments.runs is None) == (arguments.results is None) or arguments.workdir:
+        raise UserError(
+            "say what to report: --config FILE (with --workdir DIR), or --runs DIR ..., or "
+            "--results FILE"
+        )
+    if arguments.results is None:
+        page = write_report(arguments.runs, arguments.out, full=arguments.full)
+    elif arguments.full:
+        raise UserError("--full needs the answers; give --runs DIR ... instead of --results")
+    else:
+        page = draw(arguments.results, arguments.out or arguments.results.parent)
+    print(f"report: {page}")
+    return 0
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

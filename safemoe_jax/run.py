@@ -33,7 +33,8 @@ from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
 from safemoe_jax.evaluation.private_files import read_json_lines
 from safemoe_jax.evaluation.prompt_sets import Named, resolve
-from safemoe_jax.evaluation.report import terminal_table, write_report
+from safemoe_jax.evaluation.report import write_report
+from safemoe_jax.evaluation.terminal import terminal_table
 from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment, num_params
 from safemoe_jax.fetch import cache_dir
@@ -306,7 +307,7 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
 def report(experiment: Experiment, full: bool = False) -> None:
     """Writes the report of what has been evaluated."""
     if is_first():
-        console.print(f"report: {write_report(experiment.workdir.root, full=full)}")
+        console.print(f"report: {write_report([experiment.workdir.root], full=full)}")
 
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:

@@ -284,9 +284,7 @@ def _share(table: Table, values_SP: np.ndarray, groups: int, seed: int) -> tuple
             return Interval(_mean(values_SP, table.weights_P), np.nan, np.nan), "none"
     elif np.ptp(found) == 0:
         return statistics.wilson(np.full(groups, found[0], bool)), "Wilson"
-    elif len(values_SP) == 1 and groups == len(found):
-        return statistics.wilson(found.astype(bool)), "Wilson"
-    elif groups < 2:
+    elif groups < 2 or (len(values_SP) == 1 and groups == len(found)):
         return statistics.wilson(found.astype(bool)), "Wilson"
     return statistics.clustered_mean(values_SP, table.groups_P, seed, table.weights_P), "bootstrap"
 
