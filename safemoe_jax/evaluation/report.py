@@ -50,6 +50,7 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None, *, full: boo
     """
     out = out or workdirs[0]
     summary = summarize(workdirs, full=full)
+    out.mkdir(parents=True, exist_ok=True)
     if full:
         return _write(out / "report_full.html", html(summary))
     _write(out / "report.json", json.dumps(summary))
