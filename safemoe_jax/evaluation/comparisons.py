@@ -253,17 +253,15 @@ def _pools(row: Row) -> tuple[str, ...]:
 
 
 def _table(benchmark: str, metric: str, entries: Sequence[tuple[Row, float, float]]) -> Table:
-    prompts: dict[tuple[str, str], tuple[int, Row, float]] = {}
+    prompts: dict[tuple[str, str, str], tuple[int, Row, float]] = {}
     for row, _, weight in entries:
-        key = (row["benchmark"], row["prompt_id"])
-        prompts.setdefault(key, (len(prompts), row, weight))
+        prompts.setdefault(_asked(row), (len(prompts), row, weight))
     seeds = tuple(sorted({row["seed"] for row, _, _ in entries}))
     values: dict[str, np.ndarray] = {}
     for row, value, _ in entries:
         if row["system"] not in values:
             values[row["system"]] = np.full((len(seeds), len(prompts)), np.nan)
-        place = prompts[row["benchmark"], row["prompt_id"]][0]
-        values[row["system"]][seeds.index(row["seed"]), place] = value
+        values[row["system"]][seeds.index(row["seed"]), prompts[_asked(row)][0]] = value
     about = [row for _, row, _ in prompts.values()]
     # Near-duplicates across published sets have the same group.
     return Table(
@@ -275,6 +273,11 @@ def _table(benchmark: str, metric: str, entries: Sequence[tuple[Row, float, floa
         weights_P=np.array([weight for _, _, weight in prompts.values()]),
         values=values,
     )
+
+
+def _asked(row: Row) -> tuple[str, str, str]:
+    """Names a prompt; the corpus may ask the same one in two domains."""
+    return row["benchmark"], row["domain"], row["prompt_id"]
 
 
 def _share(table: Table, values_SP: np.ndarray, groups: int, seed: int) -> tuple[Interval, str]:

@@ -49,7 +49,12 @@ def summarize(workdirs: Sequence[Path], *, full: bool = False) -> Row:
     _check_together(workdirs, configs)
     first, config, seed = results[0], configs[0], configs[0]["seed"]
 
-    measured = comparisons.tables(_joined(results, "outcomes"), _joined(results, "likelihoods"))
+    measured = comparisons.tables(
+        *(  # without each expert alone, whose likelihoods are no system's
+            [row for row in _joined(results, key) if row["system"] in first["systems"]]
+            for key in ("outcomes", "likelihoods")
+        )
+    )
     shares: list[Row] = []
     differences: list[Row] = []
     for table in measured:
