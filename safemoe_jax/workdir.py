@@ -1,7 +1,7 @@
 """A run's directory: whose it is, what it was made with, and that nobody else is writing to it.
 
-config.json run.json lock metrics.jsonl data/ experts/ router/ controls/ bundle/ evaluation/
-report.html
+config.json run.json lock metrics.jsonl data/ experts/ router/ bundle/ unfinished/ controls/
+evaluation/ report.html
 """
 
 import fcntl
@@ -27,7 +27,8 @@ from safemoe_jax.remote import Mirror, is_remote
 # What may differ between two runs in one directory: it decides nothing that is stored.
 _FREE = ("evaluation",)
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
-_MIRRORED = ("config.json", "run.json", "metrics.jsonl", "bundle", "evaluation", "report.html")
+_MIRRORED = ("config.json", "run.json", "metrics.jsonl", "bundle", "controls", "evaluation")
+_MIRRORED += ("report.html",)
 
 
 class Workdir:
@@ -103,6 +104,10 @@ class Workdir:
     @property
     def bundle(self) -> Path:
         return self.root / "bundle"
+
+    @property
+    def controls(self) -> Path:
+        return self.root / "controls"
 
     @property
     def evaluation(self) -> Path:
