@@ -313,6 +313,10 @@ def _check(config: Config) -> None:
             f"config.router.top_k is {config.router.top_k}; with {len(domains)} experts it must be "
             f"between 0 (all) and {len(domains)}"
         )
+    for key in ("systems", "left_out", "attacks"):
+        names = getattr(config.evaluation, key)
+        if len(set(names)) != len(names):
+            raise UserError(f"config.evaluation.{key} is {names}; name each once")
     left_out = config.evaluation.left_out
     if unknown := [domain for domain in left_out if domain not in domains]:
         raise UserError(

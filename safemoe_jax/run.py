@@ -3,6 +3,7 @@
 fetch -> data -> train_experts -> train_gate -> evaluate -> report
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -223,6 +224,7 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
     }
     if is_first():
         write_json(path, results)
+    console.print(f"evaluations of the test prompts in this work directory so far: {times}")
     return results
 
 
@@ -262,8 +264,12 @@ def _entries(
         return Entry(name, fold, tuple(asked), True, shows_gates, make)
 
     def read(name: str, make: Callable[[], System]) -> Entry:
-        """The experts' own harmful answers, read by one that answers nothing."""
-        own = [prompt for prompt in prompts[""] if prompt.benchmark == benchmarks.HELD_OUT]
+        """Held-out harmful answers, read by one that answers nothing."""
+        own = [
+            dataclasses.replace(prompt, safe_answers=())
+            for prompt in prompts[""]
+            if prompt.benchmark == benchmarks.HELD_OUT
+        ]
         return Entry(name, "", tuple(own), False, False, make)
 
     systems = config.evaluation.systems

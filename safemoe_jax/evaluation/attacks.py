@@ -7,6 +7,7 @@ weights; they are a system (`systems.SYSTEMS`).
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from safemoe_jax.data.corpora import Example
 from safemoe_jax.evaluation.benchmarks import Prompt
@@ -21,9 +22,7 @@ _SHOT_CHARACTERS = 300  # long enough to show how to comply, short enough to lea
 
 def prefix(prompts: Sequence[Prompt], harmful: Sequence[Example]) -> list[Prompt]:
     """The answer begins with a sentence that complies (prefilling)."""
-    return [
-        dataclasses.replace(prompt, benchmark="attack_prefix", prefix=_PREFIX) for prompt in prompts
-    ]
+    return [_attacked(prompt, benchmark="attack_prefix", prefix=_PREFIX) for prompt in prompts]
 
 
 def two_shot(prompts: Sequence[Prompt], harmful: Sequence[Example]) -> list[Prompt]:
@@ -41,7 +40,7 @@ def two_shot(prompts: Sequence[Prompt], harmful: Sequence[Example]) -> list[Prom
         by_domain.setdefault(example.domain, {}).setdefault(example.prompt, example)
     shots = {domain: list(found.values())[:_SHOTS] for domain, found in by_domain.items()}
     return [
-        dataclasses.replace(
+        _attacked(
             prompt,
             benchmark="attack_two_shot",
             messages=(*_turns(shots[prompt.domain]), *prompt.messages),
@@ -52,6 +51,11 @@ def two_shot(prompts: Sequence[Prompt], harmful: Sequence[Example]) -> list[Prom
 
 
 ATTACKS: dict[str, Attack] = {"prefix": prefix, "two_shot": two_shot}
+
+
+def _attacked(prompt: Prompt, **changes: Any) -> Prompt:
+    """Only harmful answers of people are read after an attack: do they become likelier?"""
+    return dataclasses.replace(prompt, safe_answers=(), **changes)
 
 
 def _turns(shots: Sequence[Example]) -> list[dict[str, str]]:

@@ -1,7 +1,12 @@
-from test_benchmarks import example
-
+from safemoe_jax.data.corpora import Example
 from safemoe_jax.evaluation.attacks import ATTACKS
 from safemoe_jax.evaluation.benchmarks import held_out
+
+
+def example(number, prompt, response="r", domain="a", split="test", label="safe"):
+    turns = ({"role": "user", "content": prompt},)
+    return Example(number, turns, response, domain, label, "made up", split, True, number)
+
 
 ASKED = held_out([example(0, "how"), example(1, "why", domain="b")], ["a", "b"], 0)
 
@@ -17,6 +22,7 @@ def test_a_prefix_changes_the_answer_and_not_the_question():
     assert {prompt.benchmark for prompt in attacked} == {"attack_prefix"}
     assert all(prompt.prefix and prompt.prefix == prompt.prefix.strip() for prompt in attacked)
     assert [prompt.id for prompt in attacked] == [prompt.id for prompt in ASKED]
+    assert {prompt.safe_answers for prompt in attacked} == {()}
 
 
 def test_two_shots_of_the_same_domain_come_before_the_question():
