@@ -224,7 +224,7 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
     }
     if is_first():
         write_json(path, results)
-    console.print(f"evaluations of the test prompts in this work directory so far: {times}")
+    console.print(f"evaluations of test prompts or benchmarks in this work directory: {times}")
     return results
 
 
@@ -247,8 +247,10 @@ def _prompts(
     general = benchmarks.general_ability() if config.utility else []
     attacked = [ATTACKS[name](own, experiment.unsafe("train")) for name in config.attacks]
     prompts = {"": own + asked + general, "attacks": list(itertools.chain(*attacked))}
+    # A domain's training text is no secret to choices; its test prompts are, and the judge's teach.
+    free = corpus.select(splits={"train", "validation", config.split})
     for domain in config.left_out:
-        prompts[domain] = benchmarks.left_out(corpus.examples, domain, most)
+        prompts[domain] = benchmarks.left_out(free, domain, most)
     return prompts, facts
 
 
@@ -288,10 +290,11 @@ def _entries(
 
 
 def _count(experiment: Experiment, key: str) -> int:
-    """How often the test prompts have been evaluated, an evaluation that goes on counted once."""
-    path = experiment.workdir.evaluation / "test_evaluations.jsonl"
+    """How often test prompts or benchmarks were asked, an evaluation that goes on counted once."""
+    path, config = experiment.workdir.evaluation / "test_evaluations.jsonl", experiment.config
     known = [row["evaluation"] for row in read_json_lines(path)]
-    if experiment.config.evaluation.split == "test" and key not in known:
+    tests = config.evaluation.split == "test" or config.evaluation.benchmarks
+    if tests and key not in known:
         known.append(key)
         if is_first():
             append_json(path, {"evaluation": key, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

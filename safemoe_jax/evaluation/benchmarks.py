@@ -93,13 +93,12 @@ def held_out(
 
 
 def left_out(examples: Sequence[Example], domain: str, prompts_per_domain: int) -> list[Prompt]:
-    """All conversations of a domain, for models that were trained without it.
+    """A domain's conversations of all splits, for models that were trained without it.
 
-    The judge's part is not asked: it taught the judge. Neither is a prompt that is a near-duplicate
-    of what another domain trains on.
+    A prompt that is a near-duplicate of what another domain trains on is not asked.
 
     Args:
-      examples: of all domains and splits.
+      examples: of all domains, without those that must not be asked (the judge's part).
       domain: the one that is left out.
       prompts_per_domain: as for `held_out`.
     """
@@ -109,9 +108,7 @@ def left_out(examples: Sequence[Example], domain: str, prompts_per_domain: int) 
         if example.domain != domain and example.split in ("train", "validation")
     }
     own = [
-        example
-        for example in examples
-        if example.domain == domain and example.split != "judge" and example.group not in trained
+        example for example in examples if example.domain == domain and example.group not in trained
     ]
     asked = held_out(own, [domain], prompts_per_domain)
     return [dataclasses.replace(prompt, benchmark=LEFT_OUT) for prompt in asked]

@@ -55,18 +55,17 @@ def test_the_cap_takes_the_same_prompts_whatever_the_order_of_the_rows():
     assert texts(few)[:2] == texts(held_out(EXAMPLES, ["a"], 0))[:2]
 
 
-def test_a_left_out_domain_is_asked_whole_but_for_what_others_or_the_judge_learnt():
+def test_a_left_out_domain_is_asked_whole_but_for_what_others_learnt():
     examples = [
         example(0, "seen", split="train", domain="a"),
         example(1, "tested", split="test", domain="a"),
         example(2, "valid", split="validation", domain="a"),
-        example(3, "judge's", split="judge", domain="a"),
         example(4, "like one of b's", split="train", domain="a"),
         example(5, "its near-double", split="train", domain="b"),
         example(6, "tests b", split="test", domain="b"),
         example(7, "tests a", split="train", domain="a"),  # of a group that only tests b
     ]
-    assert examples[4].group == examples[5].group and examples[6].group == examples[7].group
+    assert examples[3].group == examples[4].group and examples[5].group == examples[6].group
     prompts = left_out(examples, "a", 0)
     assert sorted(texts(prompts)) == ["seen", "tested", "tests a", "valid"]
     assert {(prompt.benchmark, prompt.domain) for prompt in prompts} == {("left_out", "a")}
