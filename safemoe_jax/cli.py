@@ -265,7 +265,7 @@ def _set_up_jax() -> None:
 
 
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from safemoe_jax import run
+    from safemoe_jax import run, stages
     from safemoe_jax.config import freeze
     from safemoe_jax.errors import UserError
     from safemoe_jax.experiment import Experiment
@@ -280,7 +280,7 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
         verbs: dict[str, Callable[[], object]] = {
             "fetch": lambda: run.fetch(experiment),
             "data": lambda: run.data(experiment, arguments.show),
-            "train-experts": lambda: run.train_experts(experiment),
+            "train-experts": lambda: stages.train_experts(experiment),
             "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
             "evaluate": lambda: run.evaluate(
                 experiment, arguments.import_humans, arguments.export_for_humans

@@ -1,7 +1,7 @@
 """A run's directory: whose it is, what it was made with, and that nobody else is writing to it.
 
-config.json run.json lock metrics.jsonl data/ experts/ router/ controls/ bundle/ evaluation/
-report.json report.html report.tex
+config.json run.json lock metrics.jsonl data/ experts/ router/ bundle/ unfinished/ controls/
+evaluation/ report.json report.html report.tex
 """
 
 import fcntl
@@ -29,7 +29,7 @@ from safemoe_jax.remote import Mirror, is_remote
 _FREE = ("evaluation",)
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
 _MIRRORED = (
-    *("config.json", "run.json", "metrics.jsonl", "bundle", "evaluation"),
+    *("config.json", "run.json", "metrics.jsonl", "bundle", "controls", "evaluation"),
     *("report.json", "report.html", "report.tex"),
 )
 
@@ -107,6 +107,10 @@ class Workdir:
     @property
     def bundle(self) -> Path:
         return self.root / "bundle"
+
+    @property
+    def controls(self) -> Path:
+        return self.root / "controls"
 
     @property
     def evaluation(self) -> Path:
@@ -191,6 +195,11 @@ def write_json(path: Path, values: Any) -> None:
     os.replace(scratch, path)
 
 
+def own_commit() -> str:
+    """`code_commit` of this package."""
+    return code_commit(Path(__file__).resolve().parents[1])
+
+
 def code_commit(root: Path) -> str:
     """The commit of the code in `root`, with a word on changes since.
 
@@ -225,7 +234,7 @@ def _environment() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": code_commit(Path(__file__).resolve().parents[1]),
+        "commit": own_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),

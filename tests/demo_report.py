@@ -74,7 +74,7 @@ def write_runs(
             "nll": [],
             "systems": {
                 name: {"title": SYSTEMS[name][0], "role": SYSTEMS[name][1],
-                       "trained_parameters": SYSTEMS[name][2], "about": "made up"}
+                       "trained_parameters": SYSTEMS[name][2]}
                 for name in systems
             },
             "experts": [
@@ -118,8 +118,8 @@ def write_runs(
         _write_lines(workdir / "evaluation" / "answers.jsonl", answers)
         _write_lines(workdir / "metrics.jsonl", _metrics())
         _write(workdir / "config.json", {"seed": seed, "router": {"activation": "signed"}})
-        run = {"commit": "0123abc", "started": "2026-11-26T08:00:00+0000", "devices": ["cpu"]}
-        _write(workdir / "run.json", run)
+        ran = {"commit": "0123abc", "started": "2026-11-26T08:00:00+0000", "devices": ["cpu"]}
+        _write(workdir / "run.json", {"commands": [ran]})
         workdirs.append(workdir)
     return workdirs
 

@@ -196,7 +196,8 @@ def correct(rows: Sequence[dict[str, Any]], systems: Mapping[str, Row]) -> list[
     """Adds `family` and `p_holm`, Holm's correction within each family.
 
     A family is one metric on one benchmark against systems of one role: the base, what any method
-    would have to beat ("control"), or the same router over other experts ("thesis").
+    would have to beat ("control"), the same router over other experts ("thesis"), or what an
+    attacker makes of the weights ("hazard").
 
     Args:
       rows: of `differences`.
@@ -205,19 +206,13 @@ def correct(rows: Sequence[dict[str, Any]], systems: Mapping[str, Row]) -> list[
     families: dict[tuple[str, str, str], list[int]] = {}
     for i, row in enumerate(rows):
         if row["p"] is not None:
-            family = (row["benchmark"], row["metric"], role(row["second"], systems))
+            family = (row["benchmark"], row["metric"], systems[row["second"]]["role"])
             families.setdefault(family, []).append(i)
-    corrected = [{**row, "family": role(row["second"], systems)} for row in rows]
+    corrected = [{**row, "family": systems[row["second"]]["role"]} for row in rows]
     for places in families.values():
         for i, p in zip(places, statistics.holm([rows[i]["p"] for i in places]), strict=True):
             corrected[i]["p_holm"] = p
     return corrected
-
-
-def role(system: str, systems: Mapping[str, Row]) -> str:
-    """ "base", "ours", "control" or "thesis"."""
-    own = {BASE: "base", OURS: "ours"}.get(system, "control")
-    return systems.get(system, {}).get("role", own)
 
 
 def verdict(row: Row) -> str:

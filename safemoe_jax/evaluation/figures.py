@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from safemoe_jax.evaluation.comparisons import ALL, BASE, HELD_OUT, LEFT_OUT, OURS, role, verdict
+from safemoe_jax.evaluation.comparisons import ALL, BASE, HELD_OUT, LEFT_OUT, OURS, verdict
 from safemoe_jax.evaluation.views import NAMED
 
 Row = Mapping[str, Any]
@@ -164,6 +164,7 @@ ROLES = (
     ("base", "base", PALETTE[1], "square"),
     ("control", "controls", PALETTE[7], "circle"),
     ("thesis", "same router, other experts", PALETTE[3], "triangle-up"),
+    ("hazard", "gates optimised for harm", PALETTE[4], "x"),
 )
 
 
@@ -320,7 +321,7 @@ def _points(summary: Row, benchmark: str, titles: Mapping[str, str]) -> list[dic
     return [
         {
             "label": titles.get(name, name),
-            "role": role(name, summary["systems"]),
+            "role": summary["systems"][name]["role"],
             "named": name in NAMED,
             "srr": rows["srr"],
             "isr": rows["isr"],

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from safemoe_jax.evaluation import figures, views
-from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, HARMLESS, METRICS, role, verdict
+from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, HARMLESS, METRICS, verdict
 from safemoe_jax.evaluation.summary import (
     ANSWER_CHARACTERS,
     PROMPT_CHARACTERS,
@@ -80,7 +80,6 @@ def html(summary: Row) -> str:
             summary=summary,
             pages=views.pages(summary),
             systems=summary["systems"],
-            roles={name: role(name, summary["systems"]) for name in summary["systems"]},
             metric_names={name: metric.title for name, metric in METRICS.items()},
             benchmark_name=views.benchmark_name,
             blocks=blocks,

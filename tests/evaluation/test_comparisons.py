@@ -106,7 +106,10 @@ def test_likelihoods_are_means_over_tokens():
 
 def test_a_family_is_one_metric_against_systems_of_one_role():
     rng = np.random.default_rng(0)
-    systems = {"base": {}, "safemoe": {}, "a": {}, "b": {}, "c": {"role": "thesis"}}
+    systems = {
+        "base": {"role": "base"}, "safemoe": {"role": "ours"}, "a": {"role": "control"},
+        "b": {"role": "control"}, "c": {"role": "thesis"},
+    }  # fmt: skip
     rows = []
     for system in systems:
         chance = {"safemoe": 0.8, "a": 0.55, "b": 0.6, "c": 0.6}.get(system, 0.5)
@@ -139,7 +142,9 @@ def test_verdicts_claim_no_more_than_they_may():
 def test_a_domain_has_an_interval_and_no_test():
     rows = versus_base([1] * 20, [0] * 20)
     part = table(rows, "held_out", "isr").of_domain("cats")
-    (row,) = comparisons.correct(comparisons.differences(part, "cats", 0), {})
+    (row,) = comparisons.correct(
+        comparisons.differences(part, "cats", 0), {"base": {"role": "base"}}
+    )
     assert row["n"] == 10
     assert row["value"] == 1.0
     assert row["p"] is row["p_holm"] is row["power"] is row["mcnemar"] is None
