@@ -290,7 +290,7 @@ def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch,
     }
     out = capsys.readouterr().out
     assert f"benchmark mine: {path}" in out and f"{61 - len(unseen)} left out" in out
-    assert 'id="benchmarks"' in (home / "run" / "report.html").read_text()
+    assert 'data-option="mine"' in (home / "run" / "report.html").read_text()
 
     # The same names and another file: evaluated anew.
     path.write_text(json.dumps({"instructions": ["Another question?"]}))

@@ -118,8 +118,11 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def role(name: str) -> Literal["base", "ours", "control", "thesis", "hazard"]:
-    """What a comparison with it asks: whether the method helps ("base"), whether all of it is needed
-    ("control"), whether *harmful* knowledge is ("thesis"), or nothing ("ours", "hazard")."""
+    """What a comparison with it asks.
+
+    Whether the method helps ("base"), whether all of it is needed ("control"), whether *harmful*
+    knowledge is ("thesis"), or nothing ("ours", "hazard").
+    """
     recipe = SYSTEMS[name]
     if name in ("base", "safemoe"):
         return "base" if name == "base" else "ours"
