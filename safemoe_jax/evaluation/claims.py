@@ -13,6 +13,7 @@ from safemoe_jax.evaluation.comparisons import (
     METRICS,
     OTHER_ORIGIN,
     shows,
+    signed,
     verdict,
 )
 
@@ -43,11 +44,14 @@ def primary_benchmark(rows: Sequence[Row]) -> str:
     return OTHER_ORIGIN if any(row["benchmark"] == OTHER_ORIGIN for row in rows) else HELD_OUT
 
 
-def claims(differences: Sequence[Row], isr_is_valid: bool) -> list[Claim]:
+def claims(
+    differences: Sequence[Row], titles: Mapping[str, str], isr_is_valid: bool
+) -> list[Claim]:
     """Every part of the claim, with what the differences say of it.
 
     Args:
       differences: of `comparisons.correct`.
+      titles: of the systems.
       isr_is_valid: whether the judge passed its own check; nothing is claimed of ISR else.
     """
     rows = {
@@ -60,7 +64,7 @@ def claims(differences: Sequence[Row], isr_is_valid: bool) -> list[Claim]:
         _gain(rows.get((main, "srr", BASE))),
         _relative_gain(rows.get((main, "srr", BASE))),
         _higher("ISR is above base's", rows.get((main, "isr", BASE))),
-        _above_all("ISR is above every control's", _family(rows, main, "control")),
+        _above_all("ISR is above every control's", _family(rows, main, "control"), titles),
         _over_refusal(rows.get((HARMLESS, "over_refusal_rate", BASE))),
         _carries_over(rows.get((HELD_OUT, "isr", BASE)), rows.get((LEFT_OUT, "isr", BASE))),
         _higher(
@@ -71,6 +75,7 @@ def claims(differences: Sequence[Row], isr_is_valid: bool) -> list[Claim]:
             "Harmful knowledge is what helps: ISR is above that of the same router over experts of "
             "safe text, of benign text, and of random weights",
             [rows[main, "isr", name] for name in THESIS if (main, "isr", name) in rows],
+            titles,
             of=len(THESIS),
         ),
     ]
@@ -91,9 +96,9 @@ def claims(differences: Sequence[Row], isr_is_valid: bool) -> list[Claim]:
 def difference_text(row: Row) -> str:
     """ "+12.3 points (4.1 to 20.2)", or in nats per token."""
     if METRICS[row["metric"]].field == "nll":
-        return f"{row['value']:+.3f} nats ({row['low']:+.3f} to {row['high']:+.3f})"
+        return signed(f"{row['value']:+.3f} nats ({row['low']:+.3f} to {row['high']:+.3f})")
     value, low, high = (100 * row[key] for key in ("value", "low", "high"))
-    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return signed(f"{value:+.1f} points ({low:+.1f} to {high:+.1f})")
 
 
 def _said(row: Row) -> str:
@@ -116,7 +121,7 @@ def _relative_gain(row: Row | None) -> Claim:
     if row is None or row["relative"] is None:
         return _missing(text)
     value, low, high = (row["relative"][key] for key in ("value", "low", "high"))
-    evidence = f"{100 * value:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})"
+    evidence = signed(f"{100 * value:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})")
     return Claim(text, low > 0 and value > RELATIVE_GAIN, evidence)
 
 
@@ -157,12 +162,15 @@ def _family(rows: Mapping[tuple[str, str, str], Row], benchmark: str, family: st
     ]
 
 
-def _above_all(text: str, rows: Sequence[Row], of: int | None = None) -> Claim:
+def _above_all(
+    text: str, rows: Sequence[Row], titles: Mapping[str, str], of: int | None = None
+) -> Claim:
     of = len(rows) if of is None else of
     if not rows or len(rows) < of:
         return _missing(text)
     above = [row for row in rows if shows(row, 1)]
     evidence = f"above {len(above)} of {of}"
     if rest := [row for row in rows if not shows(row, 1)]:
-        evidence += "; not: " + ", ".join(f"{row['second']} {difference_text(row)}" for row in rest)
+        each = [f"{titles[row['second']]} {difference_text(row)}, {verdict(row)}" for row in rest]
+        evidence += "; not above " + "; ".join(each)
     return Claim(text, not rest, evidence)

@@ -23,7 +23,6 @@ OTHER_ORIGIN, HARMLESS = "other_origin", "harmless"
 _OWN = (HELD_OUT, LEFT_OUT, GSM8K, "benign", *ATTACKS)
 
 ALL = "all"  # the split of all domains
-SIGNIFICANCE = 1 - statistics.CONFIDENCE
 CLAIMED_GAIN = 0.15  # what the power that is printed is about
 
 Row = Mapping[str, Any]
@@ -225,9 +224,14 @@ def verdict(row: Row) -> str:
         return "no difference shown"
     if row["split"] != ALL:
         return "one domain, no test"
-    if row["p_holm"] >= SIGNIFICANCE:
+    if row["p_holm"] >= statistics.SIGNIFICANCE:
         return "not after Holm"
     return "higher" if row["value"] > 0 else "lower"
+
+
+def signed(text: str) -> str:
+    """A number as it is printed, with a minus for its hyphen."""
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def shows(row: Row | None, sign: int) -> bool:

@@ -133,6 +133,7 @@ def scatter(points: Sequence[Row]) -> go.Figure:
         base and whatever else has a `named` are named beside their point, the others when pointed
         at.
     """
+    middle = np.mean([point["srr"]["value"] for point in points])
     figure = go.Figure()
     for kind, title, line_color, symbol in ROLES:
         mine = [point for point in points if point["role"] == kind]
@@ -145,7 +146,10 @@ def scatter(points: Sequence[Row]) -> go.Figure:
             error_y=_error_bars([point["isr"] for point in mine]),
             text=[point["label"] if point["named"] else "" for point in mine],
             customdata=[point["label"] for point in mine],
-            textposition="bottom right",
+            textposition=[
+                "top left" if point["srr"]["value"] > middle else "bottom right" for point in mine
+            ],
+            cliponaxis=False,
             name=title,
             mode="markers+text",
             marker={"size": 13 if kind == "ours" else 9, "color": line_color, "symbol": symbol},

@@ -26,6 +26,12 @@ from safemoe_jax.evaluation.summary import (
 
 Row = Mapping[str, Any]
 
+SHORT = {
+    "held_out": "held out",
+    "left_out": "left out",
+    "attack_prefix": "after a prefix",
+    "attack_two_shot": "after examples",
+}
 STAGES = {
     "experts": "Stage one: the experts, on harmful text of their own domain",
     "router": "Stage two: the router, on safe and informative answers",
@@ -97,13 +103,18 @@ def html(summary: Row) -> str:
                 "figures": {name: json.loads(figure.to_json()) for name, figure in drawn.items()},
                 "answers": summary["answers"],
                 "systems": {name: about["title"] for name, about in summary["systems"].items()},
+                "benchmarks": SHORT,
                 "gates": {"limit": _limit(summary), "domains": summary["domains"]},
             },
             limit=_limit(summary),
             counts=views.test_counts(summary),
             readable=_readable,
             flat=lambda values: list(_flatten(values)),
-            reliability=_readable(summary["judges"]["reliability"], digits=3),
+            reliability=[
+                (key, text)
+                for key, text in _readable(summary["judges"]["reliability"], digits=3)
+                if not key.endswith("calibration")  # that is a plot
+            ],
             answer_characters=ANSWER_CHARACTERS,
             prompt_characters=PROMPT_CHARACTERS,
             # Plotly's own script holds no closing script tag; it is written as it is.

@@ -17,8 +17,10 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-CONFIDENCE = 0.95
+SIGNIFICANCE = 0.05
+CONFIDENCE = 1 - SIGNIFICANCE
 RESAMPLES = 9_999
+_CERTAIN = 20.0  # standard errors; scipy's noncentral t knows no power of such a difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def wilson(outcomes: Sequence[bool]) -> Interval:
     if not len(outcomes):
         raise ValueError("no outcomes: a share of nothing is not defined")
     hits = int(np.sum(outcomes))
-    low, high = proportion_confint(hits, len(outcomes), alpha=1 - CONFIDENCE, method="wilson")
+    low, high = proportion_confint(hits, len(outcomes), alpha=SIGNIFICANCE, method="wilson")
     return Interval(hits / len(outcomes), float(low), float(high))
 
 
@@ -163,17 +165,20 @@ def power(difference: float, spread: float, groups: int) -> float:
         prompts of which a share d comes out differently it is sqrt(d - difference^2).
       groups: how many there are.
     """
-    if spread == 0:
+    if spread == 0 or math.sqrt(groups) * abs(difference) / spread > _CERTAIN:
         return 1.0
-    return float(TTestPower().power(abs(difference) / spread, groups, 1 - CONFIDENCE))
+    return float(TTestPower().power(abs(difference) / spread, groups, SIGNIFICANCE))
 
 
 def detectable(spread: float, groups: int, target: float = 0.8) -> float:
     """The smallest true difference that would be found with probability `target`."""
-    if spread == 0:
-        return 0.0
-    effect = TTestPower().solve_power(nobs=groups, alpha=1 - CONFIDENCE, power=target)
-    return float(effect) * spread
+    return _detectable_effect(groups, target) * spread if spread else 0.0
+
+
+@functools.lru_cache
+def _detectable_effect(groups: int, target: float) -> float:
+    """The same in units of the spread; finding it takes a search."""
+    return float(TTestPower().solve_power(nobs=groups, alpha=SIGNIFICANCE, power=target))
 
 
 def discordant_spread(share: float, difference: float) -> float:
@@ -223,6 +228,6 @@ def _weights(values_SP: np.ndarray, weights_P: np.ndarray | None) -> np.ndarray:
 
 
 def _interval(value: float, resampled_N: np.ndarray) -> Interval:
-    tail = (1 - CONFIDENCE) / 2
+    tail = SIGNIFICANCE / 2
     low, high = np.quantile(resampled_N, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))

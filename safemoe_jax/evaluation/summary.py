@@ -79,7 +79,14 @@ def summarize(workdirs: Sequence[Path], *, full: bool = False) -> Row:
             "benchmark": claims.primary_benchmark(differences),
             "metric": "srr" if failed else "isr",
         },
-        "claims": [claim._asdict() for claim in claims.claims(differences, not failed)],
+        "claims": [
+            claim._asdict()
+            for claim in claims.claims(
+                differences,
+                {name: about["title"] for name, about in first["systems"].items()},
+                not failed,
+            )
+        ],
         "shares": shares,
         "differences": differences,
         "experts": first["experts"],

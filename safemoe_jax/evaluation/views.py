@@ -18,6 +18,7 @@ from safemoe_jax.evaluation.comparisons import (
     METRICS,
     OTHER_ORIGIN,
     OURS,
+    signed,
     verdict,
 )
 
@@ -231,14 +232,15 @@ def difference_cell(row: Row) -> Cell:
     value, low, high = row["value"], row["low"], row["high"]
     says = verdict(row)
     sign = {"higher": 1, "lower": -1}.get(says, 0) * metric.better
+    text, low_text, high_text = (signed(form.format(scale * end)) for end in (value, low, high))
     return Cell(
-        form.format(scale * value),
-        f"{form.format(scale * low)} to {form.format(scale * high)}",
+        text,
+        f"{low_text} to {high_text}",
         value,
         low,
         high,
         says,
-        {1: "good", -1: "bad", 0: ""}[sign],
+        {1: "good", -1: "bad", 0: "flat" if says == "no difference shown" else ""}[sign],
     )
 
 

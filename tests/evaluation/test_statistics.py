@@ -116,6 +116,7 @@ def test_power_and_what_can_be_detected():
     spread = statistics.discordant_spread(0.35, 0.15)
     assert spread == pytest.approx(0.5723, abs=1e-4)
     assert statistics.power(0.15, spread, 62) == pytest.approx(0.53, abs=0.02)
-    assert statistics.power(0.15, spread, 300) > 0.99
+    assert 0.99 < statistics.power(0.15, spread, 300) < 1.0
+    assert statistics.power(0.15, 0.05, 300) == 1.0  # 52 standard errors
     found = statistics.detectable(spread, 300)
     assert statistics.power(found, spread, 300) == pytest.approx(0.8, abs=1e-3)

@@ -32,7 +32,7 @@ function layout(figure) {
     font: ink,
     paper_bgcolor: "transparent",
     plot_bgcolor: "transparent",
-    margin: { l: small.matches ? 45 : 60, r: 20, t: 20, b: 45 },
+    margin: { l: small.matches ? 45 : 60, r: 20, t: 20, b: 55 },
     hoverlabel: { bgcolor: raised, bordercolor: rule, font: { color: ink.color } },
     legend: { font: { size: 11 }, ...figure.layout.legend },
     xaxis: { ...axis, ...figure.layout.xaxis },
@@ -180,7 +180,8 @@ function entry(prompt, systems, opened) {
   const marks = make("span", "marks");
   marks.append(...shown.map(mark));
   const place = make("span", "domain", prompt.domain.replaceAll("_", " "));
-  place.title = prompt.benchmark;
+  const benchmark = data.benchmarks[prompt.benchmark] ?? prompt.benchmark.replaceAll("_", " ");
+  if (benchmark !== prompt.domain) place.append(make("small", "", benchmark));
   summary.append(place, make("span", "prompt", prompt.prompt), marks);
   details.append(summary);
   details.addEventListener("toggle", () => {
