@@ -14,7 +14,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["safemoe_jax", "safemoe_jax.*"]),
     package_data={
-        "safemoe_jax": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.toml", "**/MIT.txt"]
+        "safemoe_jax": [
+            *("**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.tex", "**/*.toml"),
+            "**/MIT.txt",
+        ]
     },
     install_requires=[
         # jax 0.11 and later need Python 3.12; pip takes the newest pair that this Python runs.
