@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from safemoe_jax.evaluation import figures, views
-from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, HARMLESS, METRICS, verdict
+from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, HARMLESS, METRICS, signed, verdict
 from safemoe_jax.evaluation.summary import (
     ANSWER_CHARACTERS,
     PROMPT_CHARACTERS,
@@ -109,6 +109,7 @@ def html(summary: Row) -> str:
             limit=_limit(summary),
             counts=views.test_counts(summary),
             readable=_readable,
+            signed=signed,
             flat=lambda values: list(_flatten(values)),
             reliability=[
                 (key, text)

@@ -20,7 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 SIGNIFICANCE = 0.05
 CONFIDENCE = 1 - SIGNIFICANCE
 RESAMPLES = 9_999
-_CERTAIN = 20.0  # standard errors; scipy's noncentral t knows no power of such a difference
+_CERTAIN = 8.0  # standard errors; scipy's noncentral t knows no power of such a difference
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ function layout(figure) {
     margin: { l: small.matches ? 45 : 60, r: 20, t: 20, b: 55 },
     hoverlabel: { bgcolor: raised, bordercolor: rule, font: { color: ink.color } },
     legend: { font: { size: 11 }, ...figure.layout.legend },
-    xaxis: { ...axis, ...figure.layout.xaxis },
+    xaxis: { ...axis, ...figure.layout.xaxis, title: { ...figure.layout.xaxis?.title, standoff: 8 } },
     yaxis: { ...axis, ...figure.layout.yaxis },
   };
 }
