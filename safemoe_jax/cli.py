@@ -25,7 +25,7 @@ VERBS = {
     "train-experts": "stage one: one LoRA expert per harm domain",
     "train-gate": "stage two: the router; writes the bundle",
     "evaluate": "compare the systems on held-out prompts",
-    "report": "write report.html of an evaluated run",
+    "report": "write the report of evaluated runs, or draw it again from its report.json",
     "run": "all of it, from where it was left",
     "plan": "what an experiment needs on a TPU slice, by the real compiler; needs no TPU",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
@@ -61,6 +61,8 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         if arguments.verb == "plan":
             _plan(arguments, rest)
             return 0
+        if arguments.verb == "report" and arguments.config is None:
+            return _report(arguments, rest)  # it needs no device, and no other host
         _set_up_jax()
         others = {
             "generate": _generate,
@@ -114,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
             own[verb](sub)
         else:
             sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
-            sub.add_argument("--config", type=Path, required=True, help="experiment file")
+            needed = verb != "report"
+            sub.add_argument("--config", type=Path, required=needed, help="experiment file")
             sub.add_argument(
                 "--workdir",
                 metavar="DIR",
@@ -137,7 +140,27 @@ def _parser() -> argparse.ArgumentParser:
                 help="read a sheet with labels: people are one more judge",
             )
         if verb == "report":
+            sub.usage += (
+                " [--full]\n       safemoe report --runs DIR [DIR ...] [--out DIR] [--full]"
+                "\n       safemoe report --results report.json [--out DIR]"
+            )
             sub.add_argument("--full", action="store_true", help="whole texts, unsafe ones too")
+            sub.add_argument(
+                "--runs",
+                type=Path,
+                nargs="+",
+                metavar="DIR",
+                help="evaluated work directories of one experiment, a seed each: one report of all",
+            )
+            sub.add_argument(
+                "--results",
+                type=Path,
+                metavar="FILE",
+                help="a report.json: its page and table are drawn again",
+            )
+            sub.add_argument(
+                "--out", type=Path, metavar="DIR", help="default: where the numbers are from"
+            )
         if verb in ("train-gate", "run", "sweep"):
             sub.add_argument(
                 "--keep-experts",
@@ -288,11 +311,14 @@ def _set_up_jax() -> None:
 
 
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from safemoe_jax import run
+    from safemoe_jax import run, stages
     from safemoe_jax.config import freeze
+    from safemoe_jax.errors import UserError
     from safemoe_jax.experiment import Experiment
     from safemoe_jax.workdir import Workdir
 
+    if arguments.verb == "report" and (arguments.runs or arguments.results or arguments.out):
+        raise UserError("--runs, --results and --out need no --config; leave it out")
     config = freeze(_read_config(arguments.config, rest))
     root = arguments.workdir or Path("runs") / arguments.config.stem
     with Workdir(root, config) as workdir:
@@ -300,7 +326,7 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
         verbs: dict[str, Callable[[], object]] = {
             "fetch": lambda: run.fetch(experiment),
             "data": lambda: run.data(experiment, arguments.show),
-            "train-experts": lambda: run.train_experts(experiment),
+            "train-experts": lambda: stages.train_experts(experiment),
             "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
             "evaluate": lambda: run.evaluate(
                 experiment, arguments.import_humans, arguments.export_for_humans
@@ -322,6 +348,27 @@ def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     config = freeze(_read_config(arguments.config, rest))
     do = verb.search if arguments.search else verb.plan
     do(config, arguments.topology, arguments.json, arguments.picture)
+
+
+def _report(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """The report of runs that are done, wherever they were made; no experiment file is needed."""
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.evaluation.report import draw, write_report
+
+    _refuse_rest("report", rest)
+    if (arguments.runs is None) == (arguments.results is None) or arguments.workdir:
+        raise UserError(
+            "say what to report: --config FILE (with --workdir DIR), or --runs DIR ..., or "
+            "--results FILE"
+        )
+    if arguments.results is None:
+        page = write_report(arguments.runs, arguments.out, full=arguments.full)
+    elif arguments.full:
+        raise UserError("--full needs the answers; give --runs DIR ... instead of --results")
+    else:
+        page = draw(arguments.results, arguments.out or arguments.results.parent)
+    print(f"report: {page}")
+    return 0
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

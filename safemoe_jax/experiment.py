@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from safemoe_jax.config import Config
+from safemoe_jax.data import rules
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.corpora import Corpus, Example, load_corpus
 from safemoe_jax.data.pipeline import PackedCorpus, pack
@@ -70,14 +71,19 @@ class Experiment:
         """The base with one expert per domain and the router."""
         return Transformer.from_config(self.config, self.base.spec)
 
-    @cached_property
-    def safe_lora_model(self) -> Transformer:
-        """The control: one LoRA, always on, of the rank whose parameters are as many as the
-        router's (or as near as a whole rank comes, from rank 1 up)."""
-        router = num_params(init_shapes(self.model)["router"])
+    def lora_model(self, size: Literal["router", "experts"]) -> Transformer:
+        """A control: one LoRA, always on, at the experts' scale.
+
+        Args:
+          size: "router" gives it the rank whose parameters are as many as the router's (or as near
+            as a whole rank comes, from rank 1 up), "experts" the rank of all experts together.
+        """
         one = dataclasses.replace(self.config.experts, rank=1, alpha=self.config.experts.scale)
         model = self.model.clone(experts=one, num_experts=1)
-        rank = max(1, round(router / num_params(init_shapes(model)["experts"])))
+        rank = self.model.num_experts * self.config.experts.rank
+        if size == "router":
+            router = num_params(init_shapes(self.model)["router"])
+            rank = max(1, round(router / num_params(init_shapes(model)["experts"])))
         return model.clone(
             experts=dataclasses.replace(one, rank=rank, alpha=rank * self.config.experts.scale)
         )
@@ -85,7 +91,7 @@ class Experiment:
     @cached_property
     def params(self) -> Any:
         """The frozen base on the mesh."""
-        return self.placed("params", self.base.params)
+        return self.placed(self.model, "params", self.base.params)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -101,9 +107,9 @@ class Experiment:
         make = functools.partial(_start, model, collection, tx, self.config.seed)
         return jax.jit(make, out_shardings=placed)()
 
-    def placed(self, collection: str, tree: Any) -> Any:
-        """A collection of host arrays, on the mesh."""
-        return jax.device_put(tree, shardings(self.mesh, boxed_shapes(self.model)[collection]))
+    def placed(self, model: Transformer, collection: str, tree: Any) -> Any:
+        """A model's collection of host arrays, on the mesh."""
+        return jax.device_put(tree, shardings(self.mesh, boxed_shapes(model)[collection]))
 
     def unsafe(self, split: str) -> list[Example]:
         """What experts learn, by domain."""
@@ -112,6 +118,11 @@ class Experiment:
     def safe_informative(self, split: str) -> list[Example]:
         """What the router learns."""
         return self.corpus.select(label="safe", informative=True, splits={split})
+
+    def refusals(self, split: str) -> list[Example]:
+        """Safe answers that refuse, which the router does not learn."""
+        safe = self.corpus.select(label="safe", splits={split})
+        return [example for example in safe if rules.is_refusal(example.response)]
 
     def packed(self, examples: Sequence[Example], *, by_domain: bool) -> PackedCorpus:
         return pack(

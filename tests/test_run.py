@@ -9,7 +9,7 @@ import pytest
 import tiny
 from judge_server import completion, serve
 
-from safemoe_jax import cli, run
+from safemoe_jax import cli, run, stages
 from safemoe_jax.data import splits
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.fetch import cache_dir
@@ -86,11 +86,15 @@ def test_what_a_run_leaves_behind(home):
         "lock",
         "metrics.jsonl",
         "report.html",
+        "report.json",
+        "report.tex",
         "run.json",
     }  # no experts/ and no router/: what they held is in the bundle
     assert mode(home / "run") == 0o700
     assert {path.name for path in (home / "run" / "evaluation").iterdir()} == {
         "answers.jsonl",
+        "generated.jsonl",
+        "likelihoods.jsonl",
         "results.json",
     }
     assert mode(home / "run" / "evaluation" / "answers.jsonl") == 0o600
@@ -171,7 +175,7 @@ def test_a_second_run_reuses_everything(home, capsys, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("done once is enough")
 
-    monkeypatch.setattr(run, "train", never)
+    monkeypatch.setattr(stages, "train", never)
     monkeypatch.setattr(run.EmbeddedJudge, "fit", never)
     kept = ["metrics.jsonl", "bundle/manifest.json", "evaluation/answers.jsonl"]
     kept += ["evaluation/results.json"]
@@ -207,7 +211,7 @@ def test_further_judges_and_people_are_heard_without_answering_anew(home, monkey
     def forbid(*_, **__):
         raise AssertionError("evaluated anew")
 
-    monkeypatch.setattr(run, "answer_prompts", forbid)
+    monkeypatch.setattr(run, "measure", forbid)
     before, folder = results(home), home / "run" / "evaluation"
     with serve(lambda body: completion("unsafe\nS1" if "hiss" in str(body) else "safe")) as server:
         judges = f"--config.evaluation.judges=('llama_guard_3@{server.url}#m',)"
@@ -286,7 +290,7 @@ def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch,
     }
     out = capsys.readouterr().out
     assert f"benchmark mine: {path}" in out and f"{61 - len(unseen)} left out" in out
-    assert 'id="benchmarks"' in (home / "run" / "report.html").read_text()
+    assert 'data-option="mine"' in (home / "run" / "report.html").read_text()
 
     # The same names and another file: evaluated anew.
     path.write_text(json.dumps({"instructions": ["Another question?"]}))
@@ -297,7 +301,7 @@ def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch,
 
 
 def test_keep_experts_keeps_their_checkpoints(home, monkeypatch):
-    monkeypatch.setattr(run, "train", lambda stage, state, *rest: state)
+    monkeypatch.setattr(stages, "train", lambda stage, state, *rest: state)
     for option, kept in (("--keep-experts", True), (None, False)):
         workdir = f"keep-{kept}"
         assert safemoe(home, "train-gate", *filter(None, [option]), workdir=workdir) == 0

@@ -36,7 +36,7 @@ from safemoe_jax.planning.collectives import collectives
 from safemoe_jax.planning.counts import Kernel, flops, hbm_bytes, kernels
 from safemoe_jax.planning.hlo import Program
 from safemoe_jax.progress import console
-from safemoe_jax.run import jitted_step
+from safemoe_jax.stages import jitted_step
 from safemoe_jax.training.losses import num_chunks
 from safemoe_jax.training.state import make_optimizer
 from safemoe_jax.training.steps import expert_train_step, gate_train_step

@@ -32,7 +32,7 @@ from safemoe_jax.weights.artefact import (
 )
 from safemoe_jax.weights.base import BaseIdentity, BaseModel
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 COLLECTIONS = ("experts", "router")
 BUNDLE = Kind("bundle", SCHEMA_VERSION, ("base", "spec", "config", "provenance", "data_licenses"))
 

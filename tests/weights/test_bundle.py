@@ -202,7 +202,7 @@ def edit(path, change):
         ),
         (
             lambda b: edit(b / "manifest.json", lambda m: m.update(schema_version=99)),
-            "schema version 99, this package reads 3",
+            "schema version 99, this package reads 4",
         ),
         (lambda b: edit(b / "manifest.json", lambda m: m["spec"].pop("vocab_size")), "is damaged"),
         (lambda b: edit(b / "manifest.json", lambda m: m.pop("files")), "lacks 'files'"),
