@@ -7,11 +7,16 @@ Shape letters: B batch, T new tokens, C cache slots, N query heads, K key/value 
 queries per key head, H head dim, X = G * T.
 """
 
-from typing import Literal
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from safemoe_jax.model.spec import LayerKind, RopeScaling
 from safemoe_jax.parallel.sharding import layout
 
 Kernel = Literal["reference", "cudnn", "splash"]
@@ -20,14 +25,26 @@ Kernel = Literal["reference", "cudnn", "splash"]
 _TILE = 128
 
 
-def choose_kernel(platform: str, compute_dtype: jnp.dtype) -> Kernel:
+class Scores(NamedTuple):
+    """How the product of a query and a key becomes a score: c * tanh(scale * q k / c).
+
+    Attributes:
+      scale: what the product is multiplied by.
+      softcap: c, the bound of the scores; None where there is none.
+    """
+
+    scale: float
+    softcap: float | None
+
+
+def choose_kernel(platform: str, compute_dtype: jnp.dtype, softcap: float | None) -> Kernel:
     """The fused kernel of a platform ("cpu", "gpu", "tpu"), or the reference where it has none.
 
-    cuDNN's knows 16-bit types only.
+    cuDNN's knows 16-bit types only, and no bound of the scores.
     """
     if platform == "tpu":
         return "splash"
-    if platform == "gpu" and jnp.dtype(compute_dtype).itemsize == 2:
+    if platform == "gpu" and jnp.dtype(compute_dtype).itemsize == 2 and softcap is None:
         return "cudnn"
     return "reference"
 
@@ -37,15 +54,43 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each [B, T, 1, H / 2] in float32, by which `rotary` turns these positions.
+def frequencies(head_dim: int, theta: float | None, scaling: RopeScaling | None) -> np.ndarray:
+    """Rotary frequencies [H / 2] in float64, in radians a position; zero where nothing is rotated.
 
-    All layers share them, so they are made once, outside the scan over layers.
+    Source: RoFormer, arXiv 2104.09864, section 3.2.2; the scaling of Llama 3.1 is that of its
+    published code, `transformers`' rope_type "llama3".
     """
     half = head_dim // 2
-    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1H = positions_BT[..., None, None] * frequency_H[None, None, None]
-    return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+    if theta is None:
+        return np.zeros(half)
+    plain = theta ** (-np.arange(half) / half)
+    if scaling is None:
+        return plain
+    kept = np.zeros(half)  # the share of a frequency that stays as it was
+    if scaling.original_positions:
+        turns = scaling.original_positions * plain / (2 * math.pi)
+        width = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / width, 0.0, 1.0)
+    return plain * (kept + (1.0 - kept) / scaling.factor)
+
+
+def capped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """c * tanh(x / c), which bounds x by c (Gemma 2, arXiv 2408.00118, section 2)."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
+def rotation(
+    positions_BT: jax.Array, head_dim: int, kinds: Sequence[LayerKind]
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, each [kinds, B, T, 1, H / 2] in float32, by which `rotary` turns these
+    positions in layers of each kind.
+
+    They are made once, outside the scan over layers. Where nothing is rotated they are 1 and 0.
+    """
+    found = [frequencies(head_dim, kind.rope_theta, kind.rope_scaling) for kind in kinds]
+    frequency_KH = jnp.asarray(np.stack(found), jnp.float32)
+    angle_KBT1H = positions_BT[None, ..., None, None] * frequency_KH[:, None, None, None]
+    return jnp.cos(angle_KBT1H), jnp.sin(angle_KBT1H)
 
 
 def rotary(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -66,6 +111,9 @@ def fused_attention(
     v_BTKH: jax.Array,
     mask_BTT: jax.Array,
     segment_ids_BT: jax.Array,
+    windows: Sequence[int | None],
+    kind: jax.Array | int,
+    form: Scores,
 ) -> jax.Array:
     """What `attention` computes without a cache, by the named kernel; padding may differ.
 
@@ -75,19 +123,37 @@ def fused_attention(
       q_BTNH: queries.
       k_BTKH: keys.
       v_BTKH: values.
-      mask_BTT: true where token t may see token s; the mask of `segment_ids_BT`.
+      mask_BTT: true where token t may see token s; the mask of `segment_ids_BT` and the window.
       segment_ids_BT: 0 is padding.
+      windows: for each kind of layers how many tokens a token sees, itself included; None for all.
+      kind: of this layer.
+      form: how products become scores.
 
     Returns:
       [B, T, N, H].
     """
     if kernel == "cudnn":
+        assert form.softcap is None
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, mask=mask_BTT[:, None], implementation="cudnn"
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask=mask_BTT[:, None],
+            scale=form.scale,
+            implementation="cudnn",
         )
     if kernel == "splash" and segment_ids_BT.shape[1] % _TILE == 0:
-        return splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, None)
+        # The kernel's mask is static, so layers of several kinds choose among kernels.
+        each = [
+            functools.partial(splash_attention, window=window, form=form)
+            for window in dict.fromkeys(windows)
+        ]
+        arrays = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        if len(each) == 1:
+            return each[0](*arrays)
+        which = np.array([list(dict.fromkeys(windows)).index(window) for window in windows])
+        return jax.lax.switch(jnp.asarray(which)[kind], each, *arrays)
+    return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, None, form)
 
 
 def splash_attention(
@@ -95,6 +161,8 @@ def splash_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
+    window: int | None,
+    form: Scores,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -108,6 +176,8 @@ def splash_attention(
       k_BTKH: keys.
       v_BTKH: values.
       segment_ids_BT: tokens see earlier tokens of their own segment; padding (0) sees padding.
+      window: how many tokens a token sees, itself included; None for all.
+      form: how products become scores.
       interpret: runs on any platform, slowly; for tests.
     """
 
@@ -115,14 +185,18 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        _, length, heads, head_dim = q_BTNH.shape
+        _, length, heads, _ = q_BTNH.shape
         block = next(size for size in (512, 256, _TILE) if length % size == 0)
+        mask = splash.CausalMask((length, length))
+        if window is not None:
+            mask = splash.LocalMask((length, length), (window - 1, 0), offset=0)
         kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+            splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCKS, block)),
+            attn_logits_soft_cap=form.softcap,
             interpret=interpret,
         )
-        heads_first = (x.swapaxes(1, 2) for x in (q_BTNH * head_dim**-0.5, k_BTKH, v_BTKH))
+        heads_first = (x.swapaxes(1, 2) for x in (q_BTNH * form.scale, k_BTKH, v_BTKH))
         ids = splash.SegmentIds(segment_ids_BT, segment_ids_BT)
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
@@ -154,6 +228,7 @@ def attention(
     v_BTKH: jax.Array,
     mask_BTT: jax.Array,
     cached: tuple[jax.Array, jax.Array, jax.Array] | None,
+    form: Scores,
 ) -> jax.Array:
     """Softmax attention, scores in float32.
 
@@ -162,25 +237,27 @@ def attention(
       k_BTKH: their keys.
       v_BTKH: their values.
       mask_BTT: true where new token t may see new token s.
-      cached: keys [B, K, C, H] and values [B, K, C, H] of earlier tokens, and which slots hold one,
-        [B, C]; or None. Heads come first, as the matmuls want them: no step transposes the cache.
+      cached: keys [B, K, C, H] and values [B, K, C, H] of earlier tokens, and which slots new token
+        t may see, [B, T, C] (or [B, 1, C], alike for all); or None. Heads come first, as the
+        matmuls want them: no step transposes the cache.
+      form: how products become scores.
 
     Returns:
       [B, T, N, H].
     """
     batch, length, heads, head_dim = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(batch, length, k_BTKH.shape[2], -1, head_dim) * head_dim**-0.5
+    q_BTKGH = q_BTNH.reshape(batch, length, k_BTKH.shape[2], -1, head_dim) * form.scale
 
     def scores(equation, k, mask):
         dtype = at_least_float32(q_BTKGH).dtype
-        found = jnp.einsum(equation, q_BTKGH, k, preferred_element_type=dtype)
+        found = capped(jnp.einsum(equation, q_BTKGH, k, preferred_element_type=dtype), form.softcap)
         # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
         return jnp.where(mask, found, jnp.finfo(dtype).min)
 
     parts = [scores("BTKGH,BSKH->BKGTS", k_BTKH, mask_BTT[:, None, None])]
     if cached is not None:
-        past_k_BKCH, past_v_BKCH, filled_BC = cached
-        parts.append(scores("BTKGH,BKCH->BKGTC", past_k_BKCH, filled_BC[:, None, None, None]))
+        past_k_BKCH, past_v_BKCH, seen_BTC = cached
+        parts.append(scores("BTKGH,BKCH->BKGTC", past_k_BKCH, seen_BTC[:, None, None]))
     weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., :length], v_BTKH)
     if cached is not None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from safemoe_jax.model.lora import Routing
-from safemoe_jax.model.transformer import Transformer, logits
+from safemoe_jax.model.transformer import Head, Transformer, logits
 from safemoe_jax.parallel.sharding import constrain, extent
 
 _LOGITS_AT_ONCE = 2**25  # bounds a device's [P, C, V] block: 128 MiB in float32
@@ -39,12 +39,12 @@ def batch_nll(
         routing,
     )
     mask_BT = batch["loss_mask_BT"] > 0
-    return token_nll(out.hidden_BTD, out.head_VD, batch["targets_BT"], mask_BT), out.gates_LBTE
+    return token_nll(out.hidden_BTD, out.head, batch["targets_BT"], mask_BT), out.gates_LBTE
 
 
 @jax.custom_vjp
 def token_nll(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
     """-log p(target) [B, T] under a frozen head; zero outside the mask.
 
@@ -53,11 +53,11 @@ def token_nll(
     the gradient of hidden_BTD is all there is, and it is computed with the loss, while the chunk's
     logits are there.
     """
-    return _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, with_gradient=False)[0]
+    return _chunked(hidden_BTD, head, targets_BT, mask_BT, with_gradient=False)[0]
 
 
-def _token_nll_forward(hidden_BTD, head_VD, targets_BT, mask_BT):
-    return _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, with_gradient=True)
+def _token_nll_forward(hidden_BTD, head, targets_BT, mask_BT):
+    return _chunked(hidden_BTD, head, targets_BT, mask_BT, with_gradient=True)
 
 
 def _token_nll_backward(gradient_BTD, cotangent_BT):
@@ -67,7 +67,7 @@ def _token_nll_backward(gradient_BTD, cotangent_BT):
 token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
-def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
+def _chunked(hidden_BTD, head, targets_BT, mask_BT, *, with_gradient):
     batch, length, _ = hidden_BTD.shape
     # Where the mesh cuts rows along T, each part is compacted where it is.
     parts = math.gcd(length, extent("length"))
@@ -78,7 +78,7 @@ def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
         for x in (hidden_BTD, targets_BT, mask_BT)
     )
     nll_PT, gradient_PTD = _compacted(
-        hidden_PTD, head_VD, targets_PT, mask_PT, with_gradient=with_gradient
+        hidden_PTD, head, targets_PT, mask_PT, with_gradient=with_gradient
     )
     nll_BT = constrain(nll_PT.reshape(batch, length), "batch", "length")
     if not with_gradient:
@@ -87,12 +87,13 @@ def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
     return nll_BT, constrain(gradient_BTD, "batch", "length", "activation")
 
 
-def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
+def _compacted(hidden_PTD, head, targets_PT, mask_PT, *, with_gradient):
     parts, length, _ = hidden_PTD.shape
     at_once = _LOGITS_AT_ONCE * extent("parts", "vocab")
-    chunk = max(1, min(length, at_once // (parts * head_VD.shape[0])))
+    chunk = max(1, min(length, at_once // (parts * head.kernel_VD.shape[0])))
     padding = -length % chunk
-    head_VD = constrain(head_VD, "vocab", "activation")  # gathered once, not for each chunk
+    # Gathered once, not for each chunk.
+    head = head.replace(kernel_VD=constrain(head.kernel_VD, "vocab", "activation"))
     front_PT = jnp.argsort(~mask_PT, axis=1, stable=True)
 
     def to_front(x):
@@ -113,16 +114,22 @@ def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
             jax.lax.dynamic_slice_in_dim(x, at, chunk, axis=1)
             for x in (hidden_PTD, targets_PT, sorted_mask_PT)
         )
-        logits_PCV = logits(hidden_PCD, head_VD)
+        logits_PCV = logits(hidden_PCD, head)
         log_z_PC = jax.nn.logsumexp(logits_PCV, axis=-1)
         target_PC = jnp.take_along_axis(logits_PCV, targets_PC[..., None], axis=-1)[..., 0]
         nll_PC = jnp.where(mask_PC, log_z_PC - target_PC, 0.0)
         nll_PT = jax.lax.dynamic_update_slice_in_dim(nll_PT, nll_PC, at, axis=1)
         if with_gradient:
-            # d nll / d logits = softmax - one_hot(target), and so through the head.
-            probability_PCV = jnp.exp(logits_PCV - log_z_PC[..., None]).astype(hidden_PCD.dtype)
-            head = head_VD.astype(hidden_PCD.dtype)
-            gradient_PCD = jnp.einsum("PCV,VD->PCD", probability_PCV, head) - head[targets_PC]
+            # d nll / d logits = softmax - one_hot(target), and so through the bound and the head.
+            probability_PCV = jnp.exp(logits_PCV - log_z_PC[..., None])
+            kernel_VD = head.kernel_VD.astype(hidden_PCD.dtype)
+            target_PCD = kernel_VD[targets_PC]
+            if (cap := head.softcap) is not None:
+                probability_PCV *= 1.0 - (logits_PCV / cap) ** 2
+                slope_PC1 = 1.0 - (target_PC[..., None] / cap) ** 2
+                target_PCD *= slope_PC1.astype(target_PCD.dtype)
+            probability_PCV = probability_PCV.astype(hidden_PCD.dtype)
+            gradient_PCD = jnp.einsum("PCV,VD->PCD", probability_PCV, kernel_VD) - target_PCD
             gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0)
             gradient_PTD = jax.lax.dynamic_update_slice_in_dim(
                 gradient_PTD, gradient_PCD, at, axis=1

@@ -52,7 +52,7 @@ def our_logits(base, params, experts, config: ExpertsConfig, routing: Routing):
         tokens_BT = TOKENS[None]
         positions_BT, ones_BT = np.arange(len(TOKENS))[None], np.ones_like(tokens_BT)
         out = model.apply(variables, tokens_BT, positions_BT, ones_BT, ones_BT, routing)
-        return logits(out.hidden_BTD, out.head_VD)
+        return logits(out.hidden_BTD, out.head)
 
     return np.asarray(forward({"params": params, "experts": experts}))[0]
 
