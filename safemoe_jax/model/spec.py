@@ -8,6 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+# How a layer attends: to all earlier tokens, to those in its window, or to all without rotation.
+Kind = Literal["global", "local", "unrotated"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -24,6 +27,10 @@ class Family:
       scaled_embedding: whether embeddings are multiplied by sqrt(D).
       fused: whether checkpoints keep q, k and v, and gate and up, in one tensor each.
       gguf_pairs: whether GGUF files keep rotated pairs of q and k side by side.
+      gguf_pattern: the layers' kinds, which GGUF files do not say; see `ModelSpec.pattern`.
+      spaces: what its SentencePiece tokenizer does with them in GGUF files: one is put before the
+        text ("first"), or before each part of it between special tokens ("prepended"), or none is
+        put anywhere ("kept").
     """
 
     architecture: str
@@ -36,23 +43,41 @@ class Family:
     scaled_embedding: bool = False
     fused: bool = False
     gguf_pairs: bool = False
+    gguf_pattern: tuple[Kind, ...] = ("global",)
+    spaces: Literal["first", "prepended", "kept"] = "first"
 
 
-_GEMMA = dict(activation="gelu", post_norms=True, zero_centered_norms=True, scaled_embedding=True)
+_GEMMA = dict(
+    activation="gelu",
+    post_norms=True,
+    zero_centered_norms=True,
+    scaled_embedding=True,
+    spaces="kept",
+)
 
-# By `model_type` in `transformers`. GGUF calls Mistral's models llama too.
+# By `model_type` in `transformers`. GGUF files of Mistral's models say that they are llama.
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", gguf="llama", gguf_pairs=True),
-    "mistral": Family("MistralForCausalLM", gguf=None),
+    "mistral": Family("MistralForCausalLM", gguf=None, gguf_pairs=True),
     "qwen2": Family("Qwen2ForCausalLM", gguf="qwen2", qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", gguf="qwen3", qk_norm=True),
-    "gemma2": Family("Gemma2ForCausalLM", gguf="gemma2", **_GEMMA),
-    "gemma3_text": Family("Gemma3ForCausalLM", gguf="gemma3", qk_norm=True, **_GEMMA),
-    "smollm3": Family("SmolLM3ForCausalLM", gguf="smollm3", gguf_pairs=True),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", gguf="gemma2", gguf_pattern=("local", "global"), **_GEMMA
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        gguf="gemma3",
+        qk_norm=True,
+        gguf_pattern=("local",) * 5 + ("global",),
+        **_GEMMA,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        gguf="smollm3",
+        gguf_pairs=True,
+        gguf_pattern=("global",) * 3 + ("unrotated",),
+    ),
 }
-
-# How a layer attends: to all earlier tokens, to those in its window, or to all without rotation.
-Kind = Literal["global", "local", "unrotated"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import Gates, Routing
 from safemoe_jax.model.transformer import Transformer, logits
 from safemoe_jax.weights.base import load_base
-from safemoe_jax.weights.peft import MODULES, read_adapter, stack, write_adapter
+from safemoe_jax.weights.peft import PATHS, read_adapter, stack, write_adapter
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 BASE = GOLDEN / "gqa_tied"
@@ -104,8 +104,8 @@ def updated(base, directory, scales):
 
 # In each case: the ranks in the file, the config's fields, and the scale that PEFT gives them.
 READ = {
-    "every target": (everywhere(MODULES, 3), {}, 8 / 3),
-    "all-linear": (everywhere(MODULES, 3), {"target_modules": "all-linear"}, 8 / 3),
+    "every target": (everywhere(PATHS, 3), {}, 8 / 3),
+    "all-linear": (everywhere(PATHS, 3), {"target_modules": "all-linear"}, 8 / 3),
     "rslora": (everywhere("qv", 4), {"use_rslora": True}, 8 / 2),
     "a pattern": (
         {("q", 1): 2, ("v", 1): 2},
@@ -205,7 +205,7 @@ def test_a_common_scale_stays_where_it_is(tmp_path, base):
     np.testing.assert_array_equal(b_LERO[1, 0, :2], adapters[0].updates["q", 1].b_RO)
 
 
-@pytest.mark.parametrize("targets", [tuple(MODULES), ("v", "down")])
+@pytest.mark.parametrize("targets", [tuple(PATHS), ("v", "down")])
 def test_an_expert_goes_out_as_plain_lora_and_comes_back_to_the_bit(tmp_path, base, targets):
     """One expert with its gate at 1 is what PEFT makes of the same weights."""
     config = ExpertsConfig(targets, rank=3, alpha=7.5)
