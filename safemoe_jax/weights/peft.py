@@ -228,7 +228,8 @@ def read_adapter(directory: Path, spec: ModelSpec) -> Adapter:
     if not targeted:
         raise UserError(
             f"{directory}/{CONFIG}: target_modules {config['target_modules']!r} names no linear "
-            f"layer of the base; those that can carry an expert end in {', '.join(map(_suffix, modules(spec)))}"
+            "layer of the base; those that can carry an expert end in "
+            f"{', '.join(map(_suffix, modules(spec)))}"
         )
     tensors = _read_tensors(directory)
     expected = {_TENSOR.format(name, letter): name for name in targeted for letter in "AB"}
