@@ -34,7 +34,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 32,
 }
 # What each says of itself beside its sizes, by `model_type`. What is not as in published models
 # makes a difference within a few tokens and layers.

@@ -28,6 +28,7 @@ class Family:
       fused: whether checkpoints keep q, k and v, and gate and up, in one tensor each.
       gguf_pairs: whether GGUF files keep rotated pairs of q and k side by side.
       gguf_pattern: the layers' kinds, which GGUF files do not say; see `ModelSpec.pattern`.
+      gguf_local_rope_theta: `ModelSpec.local_rope_theta` where a GGUF file does not say it.
       spaces: what its SentencePiece tokenizer does with them in GGUF files: one is put before the
         text ("first"), or before each part of it between special tokens ("prepended"), or none is
         put anywhere ("kept").
@@ -44,6 +45,7 @@ class Family:
     fused: bool = False
     gguf_pairs: bool = False
     gguf_pattern: tuple[Kind, ...] = ("global",)
+    gguf_local_rope_theta: float | None = None
     spaces: Literal["first", "prepended", "kept"] = "first"
 
 
@@ -69,6 +71,7 @@ FAMILIES = {
         gguf="gemma3",
         qk_norm=True,
         gguf_pattern=("local",) * 5 + ("global",),
+        gguf_local_rope_theta=10_000.0,
         **_GEMMA,
     ),
     "smollm3": Family(

@@ -208,9 +208,7 @@ def _spec(metadata: Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> Model
         family=family,
         pattern=pattern,
         window=window,
-        local_rope_theta=(
-            optional("rope.freq_base_swa", 10_000.0) if family == "gemma3_text" else None
-        ),
+        local_rope_theta=optional("rope.freq_base_swa", FAMILIES[family].gguf_local_rope_theta),
         rope_scaling=_rope_scaling(optional, tensors, head_dim, theta),
         query_scalar=width / heads if layers == _WIDE_SCORES.get(family) else None,
         attention_softcap=optional("attn_logit_softcapping") or None,

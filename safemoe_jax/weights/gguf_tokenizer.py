@@ -102,15 +102,16 @@ def read_tokenizer(metadata: Mapping[str, Any], spec: ModelSpec) -> PreTrainedTo
     special = {role: tokens[i] for role, i in ids.items() if i is not None}
     # llama.cpp's rule for files that do not say it.
     begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS
-    begins = metadata.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in special
-    ends = metadata.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in special
-    around = [special["bos_token"]] * begins, [special["eos_token"]] * ends
-    if begins or ends:
+    around = {
+        "bos_token": metadata.get("tokenizer.ggml.add_bos_token", begins),
+        "eos_token": metadata.get("tokenizer.ggml.add_eos_token", False),
+    }
+    used = [role for role, added in around.items() if added and role in special]
+    if used:
+        bos, eos = ([special[role]] if role in used else [] for role in around)
         backend.post_processor = processors.TemplateProcessing(
-            single=[*around[0], "$A", *around[1]],
-            special_tokens=[
-                (special[role], ids[role]) for role in ("bos_token", "eos_token") if role in special
-            ],
+            single=[*bos, "$A", *eos],
+            special_tokens=[(special[role], ids[role]) for role in used],
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -226,7 +226,7 @@ def read_spec(path: Path) -> ModelSpec:
     rope = config.rope_parameters
     rope, local_rope = rope.get("full_attention", rope), rope.get("sliding_attention")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    kinds = _kinds(config)
+    kinds = _kinds(config, path)
     off = {
         "hidden_act": activation != _ACTIVATIONS[FAMILIES[family].activation] and activation,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
@@ -264,12 +264,17 @@ def read_spec(path: Path) -> ModelSpec:
     )
 
 
-def _kinds(config: PreTrainedConfig) -> tuple[str, ...]:
+def _kinds(config: PreTrainedConfig, path: Path) -> tuple[str, ...]:
     """The kind of each layer."""
     layers = range(config.num_hidden_layers)
     if (rotated := getattr(config, "no_rope_layers", None)) is not None:
         return tuple("global" if rotated[i] else "unrotated" for i in layers)
     if (types := getattr(config, "layer_types", None)) is not None:
+        if unknown := set(types) - _LAYER_TYPES.keys():
+            raise UserError(
+                f"layer_types in {path} has {unknown.pop()!r}, which is not supported; known: "
+                f"{', '.join(_LAYER_TYPES)}"
+            )
         return tuple(_LAYER_TYPES[types[i]] for i in layers)
     kind = "local" if getattr(config, "sliding_window", None) else "global"
     return tuple(kind for _ in layers)

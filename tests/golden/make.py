@@ -6,6 +6,7 @@ Every value comes from `transformers` on torch, none from this package.
     python tests/golden/make.py mistral     # those of this family alone (see tests/families.py)
 """
 
+import inspect
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -155,12 +157,12 @@ def make_family(name: str, directory: Path) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(tokens)[None]
     with torch.inference_mode():
         whole = model(ids).logits[0].numpy()
-        out = model(ids[:, : families.PROMPT], use_cache=True)
-        decoded = [out.logits[0]]
-        for token in ids[0, families.PROMPT :]:
-            # `past_key_values` until transformers 5.24, `cache` from 5.40 on.
-            out = model(token[None, None], past_key_values=out.past_key_values, use_cache=True)
-            decoded.append(out.logits[0])
+        # transformers 5.24 calls `cache` what was `past_key_values`.
+        known = inspect.signature(model.forward).parameters
+        name_of_cache = "cache" if "cache" in known else "past_key_values"
+        cache = {name_of_cache: DynamicCache(config=config)}
+        parts = [ids[:, : families.PROMPT], *ids[:, families.PROMPT :].split(1, dim=1)]
+        decoded = [model(part, use_cache=True, **cache).logits[0] for part in parts]
     return {"tokens": tokens, "logits": whole, "decoded": torch.cat(decoded).numpy()}
 
 

@@ -123,15 +123,15 @@ def wide(llama):
     return llama
 
 
-# Half of a block's range over its levels is what rounding may cost; None: exact but for the type.
+# How a tensor rests, and the share of a row's largest weight that rounding may cost there.
 TYPES = {
     "token_embd.weight": (gguf.GGMLQuantizationType.BF16, 2**-8),
-    "blk.0.attn_q.weight": (gguf.GGMLQuantizationType.Q4_0, 1 / 8),
-    "blk.0.attn_k.weight": (gguf.GGMLQuantizationType.Q4_1, 1 / 15),
+    "blk.0.attn_q.weight": (gguf.GGMLQuantizationType.Q4_0, 1 / 7),
+    "blk.0.attn_k.weight": (gguf.GGMLQuantizationType.Q4_1, 1 / 14),
     "blk.0.attn_v.weight": (gguf.GGMLQuantizationType.Q8_0, 1 / 127),
     "blk.0.attn_output.weight": (gguf.GGMLQuantizationType.F16, 2**-11),
-    "blk.0.ffn_gate.weight": (gguf.GGMLQuantizationType.Q5_0, 1 / 16),
-    "blk.0.ffn_up.weight": (gguf.GGMLQuantizationType.Q5_1, 1 / 31),
+    "blk.0.ffn_gate.weight": (gguf.GGMLQuantizationType.Q5_0, 1 / 15),
+    "blk.0.ffn_up.weight": (gguf.GGMLQuantizationType.Q5_1, 1 / 30),
 }
 
 

@@ -31,7 +31,7 @@ NORMAL, CONTROL, OWN, BYTE = (
 )
 TEXTS = [
     *json.loads((GOLDEN / "texts.json").read_text(encoding="utf-8")),
-    "<|end|>a <|end|> b<|end|>\n<tool>x</tool> <tool> <|end|",
+    "<|endoftext|>a <|endoftext|> b<|endoftext|>\n<tool>x</tool> <tool> <|endoftext|",
     f"{SPACE}already{SPACE}{SPACE}written",
     "\u1e9b\u0323 \uac00\u1100\u1161 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u0e33 \ufeffx",
     "if x:\n\t\tif y :\n    \t return  {'k' :1}   \r\n\r\n\r\n",
@@ -81,14 +81,19 @@ def byte_level(pre, **more):
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = PRE_TOKENIZERS[pre]
     trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=700,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     trained.train_from_iterator(TEXTS, trainer)
     model = json.loads(trained.to_str())["model"]
-    tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<|end|>", "<tool>", "</tool>"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<|endoftext|>", "<tool>", "</tool>"]
     types = [NORMAL] * len(model["vocab"]) + [CONTROL, OWN, OWN]
     merges = [" ".join(merge) for merge in model["merges"]]
-    ends = {"bos_token_id": tokens.index("<|end|>"), "eos_token_id": tokens.index("<|end|>")}
+    ends = {
+        "bos_token_id": tokens.index("<|endoftext|>"),
+        "eos_token_id": tokens.index("<|endoftext|>"),
+    }
     return metadata("gpt2", tokens, types, pre=pre, merges=merges, **ends | more)
 
 
@@ -112,7 +117,7 @@ def test_qwens_own_tokenizer():
         vocab={token: i for i, token in enumerate(tokens)},
         merges=merges,
         unk_token=None,
-        eos_token="<|end|>",
+        eos_token="<|endoftext|>",
         pad_token=None,
     )
     own.add_tokens([AddedToken(token, normalized=False) for token in ("<tool>", "</tool>")])
@@ -124,13 +129,13 @@ def sentencepiece(gemma: bool, **more):
     trained = Tokenizer(models.BPE())
     written = [text.replace(" ", SPACE) for text in TEXTS]
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]*"), "isolated")
-    trained.train_from_iterator(written, trainers.BpeTrainer(vocab_size=700))
+    trained.train_from_iterator(written, trainers.BpeTrainer(vocab_size=700, show_progress=False))
     model = json.loads(trained.to_str())["model"]
     pieces = [token for token in sorted(model["vocab"], key=model["vocab"].get) if len(token) > 1]
     # Some characters are left to the bytes.
     characters = sorted({x for x in "".join(written) if ord(x) < 0x2600} | {SPACE})
     special = ["<pad>", "<eos>", "<bos>", "<unk>"] if gemma else ["<unk>", "<s>", "</s>"]
-    own = ["<|end|>", "<tool>", "</tool>"] + (["  ", "    "] if gemma else [])
+    own = ["<|endoftext|>", "<tool>", "</tool>"] + (["  ", "    "] if gemma else [])
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = [piece for piece in pieces if not gemma or piece.strip(SPACE)]
     tokens = [*special, *own, *bytes_, *pieces, *characters]
@@ -179,7 +184,10 @@ def test_unigram():
     trained.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
     special = ["<pad>", "</s>", "<unk>"]
     trained.train_from_iterator(
-        TEXTS, trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
+        TEXTS,
+        trainers.UnigramTrainer(
+            vocab_size=300, show_progress=False, special_tokens=special, unk_token="<unk>"
+        ),
     )
     vocabulary = json.loads(trained.to_str())["model"]["vocab"]
     tokens, scores = zip(*vocabulary, strict=True)
