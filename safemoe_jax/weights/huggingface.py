@@ -231,7 +231,7 @@ def read_spec(path: Path) -> ModelSpec:
         "hidden_act": activation != _ACTIVATIONS[FAMILIES[family].activation] and activation,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "local rope_scaling": local_rope and local_rope["rope_type"] != "default",
-        "windows without rotation": "unrotated" in kinds and getattr(config, "sliding_window", 0),
+        "use_sliding_window": "unrotated" in kinds and config.use_sliding_window,
     } | {
         key: getattr(config, key, None)
         for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention")

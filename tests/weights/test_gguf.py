@@ -77,17 +77,6 @@ def llama(tmp_path):
     return small("llama", tmp_path / "llama")
 
 
-def test_a_slice_is_the_wholes(llama, tmp_path):
-    convert(llama, tmp_path / "x.gguf")
-    weights = load(tmp_path / "x.gguf").weights
-    whole = flatten_dict(weights.read("float32"), sep="/")
-    cut = (slice(1, 3), slice(5, 14), slice(3, 9))
-    for leaf in ("layers/attention/q/kernel", "layers/attention/v/kernel"):
-        np.testing.assert_array_equal(
-            weights._slice(leaf, cut, np.dtype(np.float32)), whole[leaf][cut]
-        )
-
-
 def test_absent_output_means_a_tied_head(llama, tmp_path):
     convert(llama, tmp_path / "x.gguf")
     checkpoint = load(tmp_path / "x.gguf")

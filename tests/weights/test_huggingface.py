@@ -137,7 +137,8 @@ def test_a_saved_base_is_read_as_it_was(name, tmp_path):
     [
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_act 'gelu'"),
-        ("smollm3", {"sliding_window": 4}, "windows without rotation 4"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window True"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "has 'chunked_attention', which"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
         ("gemma3_text", {"architectures": ["Gemma3ForConditionalGeneration"]}, "'Gemma3ForCond"),
     ],

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from gguf_files import convert
 from toys import initial, shapes, toy_model
 
 from safemoe_jax.config import MeshConfig
@@ -29,9 +30,12 @@ def test_the_models_own_leaves_are_the_layouts(name, tmp_path):
     assert {leaf: x.shape for leaf, x in params.items()} == leaf_shapes(base.spec)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "smollm3 from GGUF"])
 def test_placed_weights_are_the_whole_ones_cut(name, tmp_path):
-    base = load_base(str(families.write(name, tmp_path)), "bfloat16")
+    source = families.write(name.split()[0], tmp_path / "base")
+    if name.endswith("GGUF"):
+        convert(source, source := tmp_path / "base.gguf")
+    base = load_base(str(source), "bfloat16")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, context=1))
     boxed = jax.eval_shape(lambda: initial(toy_model(spec=base.spec), unbox=False))["params"]
     where = shardings(mesh, boxed)
