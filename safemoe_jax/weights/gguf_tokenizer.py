@@ -159,19 +159,13 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], spec: ModelSpec) -> Tokenize
             byte_fallback=True,
         )
     )
-    written = normalizers.Replace(" ", _SPACE)
     spaces = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
     if spec.traits.spaces == "kept":
-        backend.normalizer = written
         backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    elif spec.traits.spaces == "prepended" and prefixed:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), written])
+    elif metadata.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), backend.normalizer])
         spaces.append(decoders.Strip(" ", left=1))
-    else:
-        scheme = "first" if prefixed else "never"
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, scheme, split=False)
-        spaces += [decoders.Strip(" ", left=1)] if prefixed else []
     backend.decoder = decoders.Sequence(spaces)
     return backend
 

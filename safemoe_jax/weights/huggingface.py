@@ -227,9 +227,10 @@ def read_spec(path: Path) -> ModelSpec:
     rope, local_rope = rope.get("full_attention", rope), rope.get("sliding_attention")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     kinds = _kinds(config, path)
+    rotated = rope.get("partial_rotary_factor", 1.0)
     off = {
         "hidden_act": activation != _ACTIVATIONS[FAMILIES[family].activation] and activation,
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "partial_rotary_factor": rotated != 1.0 and rotated,
         "local rope_scaling": local_rope and local_rope["rope_type"] != "default",
         "use_sliding_window": "unrotated" in kinds and config.use_sliding_window,
     } | {

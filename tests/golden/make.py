@@ -146,9 +146,10 @@ def make_family(name: str, directory: Path) -> dict[str, torch.Tensor]:
     config = CONFIG_MAPPING[name](**families.SIZES | families.FAMILIES[name])
     # Its faster attention passes over Gemma's bound of the scores.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    drawn = families.weights(name, shapes)
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in drawn.items()})
+    # A tied head is no parameter of its own.
+    shapes = {key: list(value.shape) for key, value in model.named_parameters()}
+    for key, value in families.weights(name, shapes).items():
+        model.get_parameter(key).data = torch.from_numpy(value)
     model.tie_weights()
     model.save_pretrained(directory)
     families.tokenizer(config.vocab_size).save_pretrained(directory)

@@ -23,12 +23,17 @@ EVERY_FORM = pytest.mark.parametrize(
 )
 
 
+# Its first layer hides nothing from what comes after it, its second has a window.
+WINDOWED = dataclasses.replace(SPEC, pattern=("global", "local"), window=4)
+
+
 @functools.cache
 def setup(granularity, scope, activation, top_k):
     model = toy_model(
+        spec=WINDOWED if (granularity, scope) == ("sequence", "shared") else SPEC,
         router=dataclasses.replace(
             ROUTER, granularity=granularity, scope=scope, activation=activation, top_k=top_k
-        )
+        ),
     )
     return model, toy_variables(model)
 

@@ -64,7 +64,8 @@ def test_a_family_is_the_same_from_gguf(name, tmp_path):
     for leaf, values in leaves(found).items():
         np.testing.assert_allclose(values, expected_leaves.pop(leaf), rtol=0, atol=1e-6)
     assert not expected_leaves
-    if importlib.util.find_spec("torch") and name != "smollm3":  # which transformers cannot read
+    # Of these transformers knows no GGUF files.
+    if importlib.util.find_spec("torch") and name not in ("mistral", "smollm3"):
         read = runpy.run_path(str(GOLDEN / "make.py"))["gguf_tensors"](path, directory)
         for tensor, values in families.weights(
             name, {k: list(v.shape) for k, v in read.items()}
