@@ -62,6 +62,7 @@ FAMILIES = {
         },
     ),
     "smollm3": dict(no_rope_layer_interval=2, tie_word_embeddings=True),
+    "phi3": dict(sliding_window=WINDOW),
 }
 
 

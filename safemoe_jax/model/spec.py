@@ -29,9 +29,8 @@ class Family:
       gguf_pairs: whether GGUF files keep rotated pairs of q and k side by side.
       gguf_pattern: the layers' kinds, which GGUF files do not say; see `ModelSpec.pattern`.
       gguf_local_rope_theta: `ModelSpec.local_rope_theta` where a GGUF file does not say it.
-      spaces: what its SentencePiece tokenizer does with them in GGUF files: one is put before the
-        text ("first"), or before each part of it between special tokens ("prepended"), or none is
-        put anywhere ("kept").
+      spaces: what its SentencePiece tokenizer does with them, which GGUF files do not say: one more
+        is put before each part of a text between special tokens ("prepended"), or none ("kept").
     """
 
     architecture: str
@@ -46,7 +45,7 @@ class Family:
     gguf_pairs: bool = False
     gguf_pattern: tuple[Kind, ...] = ("global",)
     gguf_local_rope_theta: float | None = None
-    spaces: Literal["first", "prepended", "kept"] = "first"
+    spaces: Literal["prepended", "kept"] = "prepended"
 
 
 _GEMMA = dict(
@@ -80,6 +79,7 @@ FAMILIES = {
         gguf_pairs=True,
         gguf_pattern=("global",) * 3 + ("unrotated",),
     ),
+    "phi3": Family("Phi3ForCausalLM", gguf="phi3", fused=True),
 }
 
 

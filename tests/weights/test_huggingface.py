@@ -140,6 +140,29 @@ def test_a_saved_base_is_read_as_it_was(name, tmp_path):
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window True"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "has 'chunked_attention', which"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10_000.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "partial_rotary_factor 0.5",
+        ),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10_000.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                }
+            },
+            "rope_scaling 'longrope'",
+        ),
         ("gemma3_text", {"architectures": ["Gemma3ForConditionalGeneration"]}, "'Gemma3ForCond"),
     ],
 )
