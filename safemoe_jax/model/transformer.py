@@ -25,7 +25,6 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.model.attention import (
     Kernel,
     Scores,
-    at_least_float32,
     attention,
     capped,
     choose_kernel,
@@ -34,6 +33,7 @@ from safemoe_jax.model.attention import (
     rotation,
 )
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
+from safemoe_jax.model.precision import at_least_float32
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.parallel.sharding import constrain
@@ -221,6 +221,11 @@ class Attention(nn.Module):
         return out(mixed_BTO, routing), *to_cache
 
 
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """activation(gate) * up, computed in float32 and rounded once."""
+    return (ACTIVATIONS[activation](at_least_float32(gate)) * at_least_float32(up)).astype(up.dtype)
+
+
 class MLP(nn.Module):
     spec: ModelSpec
     projection: dict[str, Any]
@@ -231,7 +236,7 @@ class MLP(nn.Module):
         gate = Projection(width, ("embed", "mlp"), name="gate", **self.projection)(h_BTD, routing)
         up = Projection(width, ("embed", "mlp"), name="up", **self.projection)(h_BTD, routing)
         down = Projection(self.spec.embed_dim, ("mlp", "embed"), name="down", **self.projection)
-        return down(ACTIVATIONS[self.spec.traits.activation](gate) * up, routing)
+        return down(gated(gate, up, self.spec.traits.activation), routing)
 
 
 class Block(nn.Module):

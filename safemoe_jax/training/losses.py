@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from safemoe_jax.model.lora import Routing
+from safemoe_jax.model.precision import contract
 from safemoe_jax.model.transformer import Head, Transformer, logits
 from safemoe_jax.parallel.sharding import constrain, extent
 
@@ -115,22 +116,23 @@ def _compacted(hidden_PTD, head, targets_PT, mask_PT, *, with_gradient):
             for x in (hidden_PTD, targets_PT, sorted_mask_PT)
         )
         logits_PCV = logits(hidden_PCD, head)
-        log_z_PC = jax.nn.logsumexp(logits_PCV, axis=-1)
+        # A softmax by hand: its exponentials, computed once, serve the loss and the gradient.
+        largest_PC = logits_PCV.max(axis=-1)
+        exp_PCV = jnp.exp(logits_PCV - largest_PC[..., None])
+        z_PC = exp_PCV.sum(axis=-1)
         target_PC = jnp.take_along_axis(logits_PCV, targets_PC[..., None], axis=-1)[..., 0]
-        nll_PC = jnp.where(mask_PC, log_z_PC - target_PC, 0.0)
+        nll_PC = jnp.where(mask_PC, jnp.log(z_PC) + largest_PC - target_PC, 0.0)
         nll_PT = jax.lax.dynamic_update_slice_in_dim(nll_PT, nll_PC, at, axis=1)
         if with_gradient:
             # d nll / d logits = softmax - one_hot(target), and so through the bound and the head.
-            probability_PCV = jnp.exp(logits_PCV - log_z_PC[..., None])
             kernel_VD = head.kernel_VD.astype(hidden_PCD.dtype)
             target_PCD = kernel_VD[targets_PC]
             if (cap := head.softcap) is not None:
-                probability_PCV *= 1.0 - (logits_PCV / cap) ** 2
-                slope_PC1 = 1.0 - (target_PC[..., None] / cap) ** 2
-                target_PCD *= slope_PC1.astype(target_PCD.dtype)
-            probability_PCV = probability_PCV.astype(hidden_PCD.dtype)
-            gradient_PCD = jnp.einsum("PCV,VD->PCD", probability_PCV, kernel_VD) - target_PCD
-            gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0)
+                exp_PCV *= 1.0 - (logits_PCV / cap) ** 2
+                target_PCD = (1.0 - (target_PC[..., None] / cap) ** 2) * target_PCD
+            gradient_PCD = contract("PCV,VD->PCD", exp_PCV.astype(kernel_VD.dtype), kernel_VD)
+            gradient_PCD = gradient_PCD / z_PC[..., None] - target_PCD
+            gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0).astype(kernel_VD.dtype)
             gradient_PTD = jax.lax.dynamic_update_slice_in_dim(
                 gradient_PTD, gradient_PCD, at, axis=1
             )
