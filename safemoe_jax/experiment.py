@@ -91,7 +91,7 @@ class Experiment:
     @cached_property
     def params(self) -> Any:
         """The frozen base on the mesh."""
-        return self.placed(self.model, "params", self.base.params)
+        return self.base.placed(shardings(self.mesh, boxed_shapes(self.model)["params"]))
 
     @property
     def identity(self) -> dict[str, str]:

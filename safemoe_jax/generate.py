@@ -106,9 +106,11 @@ def on_devices(directory: Path, bundle: Bundle) -> Loaded:
     """
     base = load_base(bundle.base.source, bundle.config.model.param_dtype)
     bundle = read_bundle(directory, base.identity)
-    variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
     model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
-    placed = jax.device_put(variables, shardings(mesh, boxed_shapes(model)))
+    where = shardings(mesh, boxed_shapes(model))
+    trained = {"experts": bundle.experts, "router": bundle.router}
+    placed = jax.device_put(trained, {name: where[name] for name in trained})
+    placed["params"] = base.placed(where["params"])
     return Loaded(base, model, mesh, placed)
 
 

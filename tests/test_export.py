@@ -88,7 +88,7 @@ def our_logits(home, routing, *, name="bundle", source=None):
         tokens_BT = TOKENS[None]
         positions_BT, ones_BT = np.arange(len(TOKENS))[None], np.ones_like(tokens_BT)
         out = model.apply(variables, tokens_BT, positions_BT, ones_BT, ones_BT, routing)
-        return logits(out.hidden_BTD, out.head_VD)
+        return logits(out.hidden_BTD, out.head)
 
     variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
     return np.asarray(forward(variables))[0]

@@ -102,7 +102,7 @@ def _predictions(model, variables, routing, tokens_BT, length, prompt_length, pl
         positions_BT < prompt_length,
         routing,
     )
-    logits_MV = at_least_float32(logits(out.hidden_BTD[0, places_M], out.head_VD))
+    logits_MV = at_least_float32(logits(out.hidden_BTD[0, places_M], out.head))
     gates = out.gates_LBTE
     return jax.nn.log_softmax(logits_MV), None if gates is None else gates[:, 0, places_M]
 

@@ -289,7 +289,7 @@ def prefill(
         variables, tokens_BT, positions_BT, held_BT.astype(jnp.int32), held_BT, routing
     )
     last_B1D = jnp.take_along_axis(out.hidden_BTD, length_B[:, None, None] - 1, axis=1)
-    return extend(cache, out.cache), logits(last_B1D[:, 0], out.head_VD)
+    return extend(cache, out.cache), logits(last_B1D[:, 0], out.head)
 
 
 def decode_step(
@@ -306,7 +306,7 @@ def decode_step(
         cache,
     )
     gates_LBE = None if out.gates_LBTE is None else out.gates_LBTE[:, :, 0]
-    return extend(cache, out.cache), logits(out.hidden_BTD[:, 0], out.head_VD), gates_LBE
+    return extend(cache, out.cache), logits(out.hidden_BTD[:, 0], out.head), gates_LBE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -130,7 +130,8 @@ def _(primals, tangents):
 class Projection(nn.Module):
     """A frozen matmul from D to O with E LoRA experts beside it, if its name is among the targets.
 
-    The base is in collection `params`, [O, D] as checkpoints hold it. The experts are in `experts`:
+    The base is in collection `params`, [O, D] as checkpoints hold it, with a bias [O] in some
+    families. The experts are in `experts`:
     A [E, D, R], drawn with variance 1 / D, and B [E, R, O], zero, so that an untrained expert
     changes nothing.
     """
@@ -140,6 +141,7 @@ class Projection(nn.Module):
     experts: ExpertsConfig
     num_experts: int
     param_dtype: jnp.dtype
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, routing: OwnExpert | Gates | None) -> jax.Array:
@@ -149,6 +151,10 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(init, (out_axis, in_axis))
         kernel_OD = self.param("kernel", init, (self.features, width), self.param_dtype)
         y_BTO = frozen_dot(x_BTD, kernel_OD)
+        if self.bias:
+            start = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
+            bias_O = self.param("bias", start, (self.features,), self.param_dtype)
+            y_BTO += bias_O.astype(y_BTO.dtype)[None, None]
         if routing is None or self.name not in self.experts.targets:
             return kept(y_BTO)
 

@@ -251,7 +251,7 @@ def _scores(model, variables, routing, tokens_BT, length_B, prompt_B):
     )
 
     def row(hidden_TD, target_T):  # one after the other: logits of all rows are large
-        log_p_TV = jax.nn.log_softmax(logits(hidden_TD, out.head_VD))
+        log_p_TV = jax.nn.log_softmax(logits(hidden_TD, out.head))
         own_T = jnp.take_along_axis(log_p_TV, target_T[:, None], axis=1)[:, 0]
         return own_T, log_p_TV.argmax(axis=-1) == target_T
 

@@ -119,8 +119,8 @@ def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
     """
     manifest = read_manifest(directory, BUNDLE)
     try:
-        spec, base = ModelSpec(**manifest["spec"]), BaseIdentity(**manifest["base"])
-    except TypeError as error:
+        spec, base = ModelSpec.from_dict(manifest["spec"]), BaseIdentity(**manifest["base"])
+    except (KeyError, TypeError) as error:
         raise UserError(f"{directory}/{MANIFEST} is damaged ({error}); make it again") from error
     config = freeze(manifest["config"])
     if identity is not None and identity.sha256 != base.sha256:

@@ -6,7 +6,7 @@ table 3.
 
 import dataclasses
 
-from safemoe_jax.model.spec import ModelSpec
+from safemoe_jax.model.spec import ModelSpec, RopeScaling
 
 _LLAMA_31_8B = ModelSpec(
     vocab_size=128_256,
