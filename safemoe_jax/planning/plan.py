@@ -1,8 +1,8 @@
 """What an experiment needs on a TPU slice, from its own compiled steps, before a chip is rented.
 
 The steps that a run compiles are compiled here for the slice's devices, from shapes: both train
-steps as `run.train_experts` and `run.train_gate` jit them, prefill and one decode step as the
-sampler calls them. All sizes, FLOPs and bytes are one device's.
+steps as the two stages jit them, prefill and one decode step as the
+engine calls them. All sizes, FLOPs and bytes are one device's.
 
 Shape letters: B batch, T tokens, C cache slots.
 """
@@ -24,7 +24,7 @@ from safemoe_jax.config import Config
 from safemoe_jax.data.pipeline import empty_tokens
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import check_layout, collection_shapes, num_params, state_shapes
-from safemoe_jax.inference.sampler import bucket, decode_step, prefill
+from safemoe_jax.inference.engine import bucket, decode_step, prefill
 from safemoe_jax.model.attention import splash_block
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec

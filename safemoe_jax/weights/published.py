@@ -20,6 +20,7 @@ _LLAMA_31_8B = ModelSpec(
     norm_eps=1e-5,
     tie_embeddings=False,
     max_positions=131_072,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
 )
 _LLAMA_31_70B = dataclasses.replace(
     _LLAMA_31_8B, embed_dim=8192, num_layers=80, num_heads=64, mlp_dim=28_672
@@ -31,6 +32,7 @@ _LLAMA_32_1B = dataclasses.replace(
     head_dim=64,
     mlp_dim=8192,
     tie_embeddings=True,
+    rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
 )
 
 PUBLISHED = {

@@ -12,7 +12,7 @@ import pytest
 from toys import toy_model, toy_variables
 
 from safemoe_jax.config import ExpertsConfig
-from safemoe_jax.inference.sampler import decode_step
+from safemoe_jax.inference.engine import decode_step
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import FAMILIES, ModelSpec, RopeScaling, shortest_pattern
 from safemoe_jax.model.transformer import logits
