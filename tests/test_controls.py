@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -19,10 +20,11 @@ from safemoe_jax.evaluation import benchmarks
 from safemoe_jax.evaluation.prompt_sets import Problem
 from safemoe_jax.evaluation.systems import ATTACKED_SYSTEMS, LEFT_OUT_SYSTEMS, SYSTEMS
 from safemoe_jax.evaluation.verdicts import Verdict
-from safemoe_jax.experiment import Experiment
+from safemoe_jax.experiment import Experiment, init_shapes
 from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.training.state import init_expert_state, init_router_state
 from safemoe_jax.workdir import Workdir
 
 OPTIONS = ["--config.evaluation.left_out=('cats',)", "--config.evaluation.utility=True"]
@@ -82,6 +84,13 @@ class Trainer:
 TRAINER = Trainer()
 
 
+def empty_state(experiment, model, collection, tx):
+    """Stands for `Experiment.initial_state`, which compiles."""
+    begin = {"experts": init_expert_state, "router": init_router_state}[collection]
+    shapes = init_shapes(model)[collection]
+    return begin(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), tx)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A run that has evaluated all systems, the bundle included, in home/run."""
@@ -100,6 +109,8 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFEMOE_CACHE", str(home / "cache"))
         patch.setattr(stages, "train", TRAINER)
+        patch.setattr(Experiment, "initial_state", empty_state)
+        patch.setattr(stages, "_jitted", lambda *_: None)
         patch.setattr(controls, "Sampler", Fake)
         patch.setattr(controls, "Scorer", Fake)
         patch.setattr(run, "load_judge_rows", lambda corpus: [])
