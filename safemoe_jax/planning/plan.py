@@ -1,8 +1,8 @@
 """What an experiment needs on a TPU slice, from its own compiled steps, before a chip is rented.
 
 The steps that a run compiles are compiled here for the slice's devices, from shapes: both train
-steps as the two stages jit them, prefill and one decode step as the
-engine calls them. All sizes, FLOPs and bytes are one device's.
+steps as the two stages jit them, prefill and one decode step as the engine calls them. All sizes,
+FLOPs and bytes are one device's.
 
 Shape letters: B batch, T tokens, C cache slots.
 """
