@@ -1,8 +1,8 @@
 """What the verbs share: an experiment's base, data and model, each made when first asked for."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -40,32 +40,32 @@ class Experiment:
     def __init__(self, config: Config, workdir: Workdir) -> None:
         self.config, self.workdir = config, workdir
 
-    @functools.cached_property
+    @cached_property
     def mesh(self) -> Mesh:
         mesh = make_mesh(self.config.mesh)
         check_layout(self.config, self.base.spec)
         return mesh
 
-    @functools.cached_property
+    @cached_property
     def base(self) -> BaseModel:
         return load_base(self.config.model.source, self.config.model.param_dtype)
 
-    @functools.cached_property
+    @cached_property
     def chat(self) -> ChatFormat:
         return ChatFormat(self.base.tokenizer)
 
-    @functools.cached_property
+    @cached_property
     def corpus(self) -> Corpus:
         return load_corpus(self.config.data, self.workdir.data)
 
-    @functools.cached_property
+    @cached_property
     def imported(self) -> Imported | None:
         """The experts, where the config takes them from elsewhere and trains none."""
         if not (source := self.config.experts.source):
             return None
         return read_imported(local_copy(source), self.base.identity, self.config, self.base.spec)
 
-    @functools.cached_property
+    @cached_property
     def model(self) -> Transformer:
         """The base with one expert per domain and the router."""
         return Transformer.from_config(self.config, self.base.spec)
@@ -87,7 +87,7 @@ class Experiment:
             experts=dataclasses.replace(one, rank=rank, alpha=rank * self.config.experts.scale)
         )
 
-    @functools.cached_property
+    @cached_property
     def params(self) -> Any:
         """The frozen base on the mesh."""
         return self.base.placed(shardings(self.mesh, boxed_shapes(self.model)["params"]))
@@ -160,7 +160,7 @@ def check_layout(config: Config, spec: ModelSpec) -> None:
     check_divides(config.mesh, sizes)
 
 
-@functools.cache
+@cache
 def boxed_shapes(model: Transformer) -> Any:
     """Shapes of all three collections, boxed with their logical names; nothing is computed."""
     return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
