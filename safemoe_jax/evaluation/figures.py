@@ -3,6 +3,7 @@
 Shape letters: E experts, L layers.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def forest(rows: Sequence[Row]) -> go.Figure:
         )
         figure.add_scatter(
             x=value.round(4).tolist(),
-            y=[row["label"] for row in mine],
+            y=[_broken(row["label"]) for row in mine],
             error_x={
                 "symmetric": False,
                 "array": (high - value).round(4).tolist(),
@@ -99,11 +100,12 @@ def forest(rows: Sequence[Row]) -> go.Figure:
         )
     unit = rows[0]["unit"] if rows else "points"
     figure.update_layout(
+        height=120 + 28 * len(rows),
         xaxis={"title": unit, "zeroline": True, "zerolinewidth": 2},
         yaxis={
             "automargin": True,
             "categoryorder": "array",
-            "categoryarray": [row["label"] for row in reversed(rows)],
+            "categoryarray": [_broken(row["label"]) for row in reversed(rows)],
             "showgrid": False,
         },
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -119,6 +121,11 @@ VERDICTS = (
     ("one domain, no test", PALETTE[7], "circle"),
     ("no difference shown", PALETTE[7], "circle-open"),
 )
+
+
+def _broken(label: str) -> str:
+    """In lines short enough for a phone."""
+    return "<br>".join(textwrap.wrap(label, 20))
 
 
 def _scaled(row: Row, key: str) -> float:

@@ -72,6 +72,7 @@ def summarize(workdirs: Sequence[Path], *, full: bool = False) -> Row:
         "name": workdirs[0].name,
         "demonstration": any(each["demonstration"] for each in results),
         "full": full,
+        "split": first["provenance"]["split"],
         "domains": first["domains"],
         "systems": first["systems"],
         "signed": config["router"]["activation"] == "signed",

@@ -347,6 +347,16 @@ def test_a_demonstration_says_so_first(runs, demonstration):
     assert ("A DEMONSTRATION" in (runs[0] / "report.tex").read_text()) is demonstration
 
 
+def test_choices_are_not_taken_for_results(runs, html):
+    assert "Prompts of the" not in tab(html, "headline")
+    for run in runs:
+        path = run / "evaluation" / "results.json"
+        results = json.loads(path.read_text())
+        results["provenance"]["split"] = "validation"
+        path.write_text(json.dumps(results))
+    assert "Prompts of the validation split" in tab(write_report(runs).read_text(), "headline")
+
+
 def test_one_run_alone_without_router_attacks_or_benchmarks(runs):
     path = runs[0] / "evaluation" / "results.json"
     results = json.loads(path.read_text())

@@ -36,7 +36,7 @@ function layout(figure) {
     hoverlabel: { bgcolor: raised, bordercolor: rule, font: { color: ink.color } },
     legend: { font: { size: 11 }, ...figure.layout.legend },
     xaxis: { ...axis, ...figure.layout.xaxis, title: { ...figure.layout.xaxis?.title, standoff: 8 } },
-    yaxis: { ...axis, ...figure.layout.yaxis },
+    yaxis: { ...axis, ...figure.layout.yaxis, tickfont: { size: small.matches ? 9 : 11 } },
   };
 }
 
