@@ -1,6 +1,7 @@
 """What the verbs share: an experiment's base, data and model, each made when first asked for."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import Any, Literal

@@ -80,7 +80,8 @@ def _views(rarity: Mapping[str, float]) -> list[Pipeline]:
             [
                 np.append(cues.manner(response), cues.shared_words(prompt, response, rarity))
                 for prompt, response in pairs
-            ]
+            ],
+            dtype=np.float64,
         )
 
     settings = dict(preprocessor=_body, sublinear_tf=True)
