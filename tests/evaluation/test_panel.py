@@ -211,7 +211,8 @@ def test_the_terminal_table_has_every_comparison_in_80_columns():
     lines = [line.split() for line in text.splitlines()]
     assert ["labels", "embedded", "harm", "150", "0.41", "1", "2", "3", "4", "0.200"] in lines
     assert any(line[:4] == ["human", "wildguard", "safe", "40"] for line in lines)
-    assert "Calibration of embedded, harm, said>labelled: 0.10>0.25 0.60>0.50." in text
+    told = " ".join(text.split())
+    assert "Calibration of embedded, harm, said>labelled: 0.10>0.25 0.60>0.50." in told
 
 
 def test_who_judged_is_said():
