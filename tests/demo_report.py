@@ -108,7 +108,10 @@ def write_runs(
             "budget": {"experts": "41,200 answer tokens seen of 160,000 there (0.3 epochs)"},
             "domains": list(DOMAINS),
             "demonstration": demonstration,
-            "provenance": {"evaluation": f"made up {seed}", "split": "test", "base": "0" * 64, "corpus": "made up"},
+            "provenance": {
+                "evaluation": f"made up {seed}", "split": "test", "base": "0" * 64,
+                "corpus": "made up",
+            },
             "test_evaluations": {
                 "counts": {"held_out": 2 + seed, "errands": 1 + seed}, "entries": 2 + seed,
                 "head": "0" * 64, "intact": True,
