@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from inputs import experiment
+from jax.sharding import NamedSharding, PartitionSpec
 
 from safemoe_jax.config import Config
 from safemoe_jax.inference.sampler import Sampler
@@ -61,7 +62,9 @@ class Training:
         self._step = jax.jit(step, donate_argnums=0)
         variables = {"params": params, **drawn(model, "experts", "router")}
         self._frozen = {name: variables[name] for name in frozen}
-        self._state = begin(variables[stage], tx)
+        # Where the base is, as after the first step: else the second would compile anew.
+        everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+        self._state = jax.device_put(begin(variables[stage], tx), everywhere)
 
     def run(self, batch: dict[str, Any]) -> None:
         self._state, metrics = self._step(self._state, self._frozen, batch)

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.model.source = "smollm2-135m-instruct"
     config.model.param_dtype = "float32"
     config.model.compute_dtype = "float32"
-    config.model.remat = "none"
+    config.model.remat = "dots"
     config.model.attention = "auto"
 
     config.data = ConfigDict()

@@ -153,8 +153,11 @@ class Controls:
     def _router(
         self, learnt: str, model: Transformer, experts: Any, domains: Sequence[str], left_out: str
     ) -> Any:
-        """A router over these experts, on the host; the run's own where they are the run's own."""
-        if learnt == "unsafe" and not left_out:
+        """A router over these experts, on the host.
+
+        The run's own where the experts are, and where they are empty: nothing would be learnt.
+        """
+        if learnt in ("unsafe", "null") and not left_out:
             return self._bundle.router
         name = f"router_without_{left_out}" if left_out else f"router_{learnt}"
         made_of = {"experts": self._bundle.manifest["files"]["experts.safetensors"]}

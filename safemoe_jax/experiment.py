@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -166,6 +166,7 @@ def check_layout(config: Config, spec: ModelSpec) -> None:
     check_divides(config.mesh, sizes)
 
 
+@cache
 def boxed_shapes(model: Transformer) -> Any:
     """Shapes of all three collections, boxed with their logical names; nothing is computed."""
     return jax.eval_shape(lambda: _init(model, jax.random.key(0)))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -19,17 +20,18 @@ from safemoe_jax.evaluation import benchmarks
 from safemoe_jax.evaluation.prompt_sets import Problem
 from safemoe_jax.evaluation.systems import ATTACKED_SYSTEMS, LEFT_OUT_SYSTEMS, SYSTEMS
 from safemoe_jax.evaluation.verdicts import Verdict
-from safemoe_jax.experiment import Experiment
+from safemoe_jax.experiment import Experiment, init_shapes
 from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.training.state import init_expert_state, init_router_state
 from safemoe_jax.workdir import Workdir
 
 OPTIONS = ["--config.evaluation.left_out=('cats',)", "--config.evaluation.utility=True"]
 OPTIONS += ["--config.evaluation.attacks=('prefix', 'two_shot')"]
 TRAINED = {
     "experts", "router", "experts_safe", "experts_benign", "experts_permuted", "router_safe",
-    "router_benign", "router_permuted", "router_random", "router_null", "router_harmful",
+    "router_benign", "router_permuted", "router_random", "router_harmful",
     "router_without_cats", "safe_lora", "safe_lora_wide", "refusal_lora", "refusal_lora_wide",
     "safe_lora_without_cats",
 }  # fmt: skip
@@ -79,6 +81,16 @@ class Trainer:
         return state.replace(best=state.best.replace(trainable=moved))
 
 
+TRAINER = Trainer()
+
+
+def empty_state(experiment, model, collection, tx):
+    """Stands for `Experiment.initial_state`, which compiles."""
+    begin = {"experts": init_expert_state, "router": init_router_state}[collection]
+    shapes = init_shapes(model)[collection]
+    return begin(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), tx)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A run that has evaluated all systems, the bundle included, in home/run."""
@@ -93,17 +105,18 @@ def home(tmp_path_factory):
         if row["label"] == "safe"
     ]
     (home / "corpus.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + refused))
-    trainer = Trainer()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFEMOE_CACHE", str(home / "cache"))
-        patch.setattr(stages, "train", trainer)
+        patch.setattr(stages, "train", TRAINER)
+        patch.setattr(Experiment, "initial_state", empty_state)
+        patch.setattr(stages, "_jitted", lambda *_: None)
         patch.setattr(controls, "Sampler", Fake)
         patch.setattr(controls, "Scorer", Fake)
         patch.setattr(run, "load_judge_rows", lambda corpus: [])
         patch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
         patch.setattr(benchmarks, "gsm8k", lambda: [Problem("One and one?", 2)])
         patch.setattr(benchmarks, "harmless_answers", lambda: [("How are you?", "Well.")])
-        home.trainer = trainer
         assert evaluate(home, tuple(SYSTEMS)) == 0
         yield home
 
@@ -176,7 +189,7 @@ def test_the_contract_is_what_is_written(home):
 
 
 def test_each_part_is_trained_once_and_kept_as_weights_alone(home, capsys):
-    assert home.trainer.stages.keys() == TRAINED
+    assert TRAINER.stages.keys() == TRAINED
     left = {path.name for path in (home / "run" / "controls").iterdir()}
     assert left == {f"{name}.safetensors" for name in TRAINED - {"experts", "router"}}
     assert all(p.stat().st_mode & 0o777 == 0o600 for p in (home / "run" / "controls").iterdir())
@@ -202,14 +215,14 @@ def test_what_each_part_is_trained_on(home, experiment):
     by_id = {example.id: example for example in experiment.corpus.examples}
 
     def learnt(name):
-        stage, ids = home.trainer.stages[name]
+        stage, ids = TRAINER.stages[name]
         return stage, [by_id[number] for number in ids]
 
     for name in ("router_without_cats", "safe_lora_without_cats"):
         stage, examples = learnt(name)
         assert {(e.domain, e.label, e.informative) for e in examples} == {("dogs", "safe", True)}
     assert stage.streams == ("all",)
-    assert home.trainer.stages["router_without_cats"][0].domains == ("dogs",)
+    assert TRAINER.stages["router_without_cats"][0].domains == ("dogs",)
     for name in ("refusal_lora", "refusal_lora_wide"):
         _, examples = learnt(name)
         assert all("can't talk" in e.response and e.label == "safe" for e in examples)

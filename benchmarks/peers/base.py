@@ -14,11 +14,23 @@ torch.manual_seed(0)
 
 
 def load(gguf: str, dtype: str):
-    """The base through transformers' own GGUF reader."""
+    """The base through transformers' own GGUF reader, its weights then in plain linear layers.
+
+    The reader may keep weights packed and unpack them in every matmul, which is slower.
+    """
     path = Path(gguf)
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    packed = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
     )
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    return model
 
 
 def lora(rank: str, targets: str, **more) -> LoraConfig:

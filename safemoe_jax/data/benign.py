@@ -21,22 +21,23 @@ def benign_examples(split: Split, rows: Mapping[str, int]) -> list[Example]:
 
     Args:
       split: topics of another split are passed over.
-      rows: how many each domain gets, while there are any.
+      rows: how many each domain gets; where there are not that many, its share of what there is.
     """
     prompts = [rules.fold(_question(text)) for text in topics.values()]
     found = dict(zip(topics, splits.split_of(prompts, splits.group(prompts)), strict=True))
-    passages = [
-        (_question(text), passage)
+    question_of = {
+        passage: _question(text)
         for name, text in topics.items()
         if found[name] == split
         for passage in _passages(text)
-    ]
-    passages.sort(key=lambda pair: hashlib.sha256(pair[1].encode()).digest())
-    domains = [domain for domain, count in rows.items() for _ in range(count)]
+    }
+    passages = sorted(question_of, key=lambda text: hashlib.sha256(text.encode()).digest())
+    share = min(1.0, len(passages) / max(sum(rows.values()), 1))
+    domains = [d for d, count in rows.items() for _ in range(max(1, int(count * share)))]
     return [
         Example(
             id=number,
-            messages=({"role": "user", "content": question},),
+            messages=({"role": "user", "content": question_of[passage]},),
             response=passage,
             domain=domain,
             label="safe",
@@ -45,7 +46,7 @@ def benign_examples(split: Split, rows: Mapping[str, int]) -> list[Example]:
             informative=False,
             group=number,
         )
-        for number, (domain, (question, passage)) in enumerate(zip(domains, passages, strict=False))
+        for number, (domain, passage) in enumerate(zip(domains, passages, strict=False))
     ]
 
 

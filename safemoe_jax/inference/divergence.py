@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from safemoe_jax.inference.sampler import Generation, bucket
-from safemoe_jax.model.attention import at_least_float32
 from safemoe_jax.model.lora import Routing
+from safemoe_jax.model.precision import at_least_float32
 from safemoe_jax.model.transformer import Transformer, logits
 from safemoe_jax.parallel.hosts import to_host
 from safemoe_jax.parallel.sharding import whole_rows

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from safemoe_jax.model.precision import at_least_float32, contract
 from safemoe_jax.parallel.sharding import layout
 
 Kernel = Literal["reference", "cudnn", "splash"]
@@ -30,11 +31,6 @@ def choose_kernel(platform: str, compute_dtype: jnp.dtype) -> Kernel:
     if platform == "gpu" and jnp.dtype(compute_dtype).itemsize == 2:
         return "cudnn"
     return "reference"
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """What norms, softmaxes and the router compute in: float32, or more where x has more."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -169,23 +165,24 @@ def attention(
       [B, T, N, H].
     """
     batch, length, heads, head_dim = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(batch, length, k_BTKH.shape[2], -1, head_dim) * head_dim**-0.5
+    kv_heads = k_BTKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, -1, head_dim) * head_dim**-0.5
+    # Heads first: so the products are plain matmuls of every head, for which XLA is fast on CPUs.
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
 
-    def scores(equation, k, mask):
-        dtype = at_least_float32(q_BTKGH).dtype
-        found = jnp.einsum(equation, q_BTKGH, k, preferred_element_type=dtype)
+    def scores(k_BKSH, mask):
+        found = contract("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
         # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
-        return jnp.where(mask, found, jnp.finfo(dtype).min)
+        return jnp.where(mask, found, jnp.finfo(found.dtype).min)
 
-    parts = [scores("BTKGH,BSKH->BKGTS", k_BTKH, mask_BTT[:, None, None])]
+    parts = [scores(k_BKTH, mask_BTT[:, None, None])]
     if cached is not None:
         past_k_BKCH, past_v_BKCH, filled_BC = cached
-        parts.append(scores("BTKGH,BKCH->BKGTC", past_k_BKCH, filled_BC[:, None, None, None]))
+        parts.append(scores(past_k_BKCH, filled_BC[:, None, None, None]))
     weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., :length], v_BTKH)
+    out_BKGTH = contract("BKGTS,BKSH->BKGTH", weights[..., :length], v_BKTH)
     if cached is not None:
-        past_BKXC = weights[..., length:].reshape(*past_v_BKCH.shape[:2], -1, past_v_BKCH.shape[2])
-        out_BKXH = past_BKXC @ past_v_BKCH
-        out_BKGTH = out_BKXH.reshape(*weights.shape[:-1], head_dim)
-        out_BTKGH += jnp.moveaxis(out_BKGTH, 3, 1)
+        out_BKGTH += contract("BKGTC,BKCH->BKGTH", weights[..., length:], past_v_BKCH)
+    out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4).astype(v_BTKH.dtype)
     return out_BTKGH.reshape(batch, length, heads, head_dim)

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from safemoe_jax.config import ExpertsConfig
+from safemoe_jax.model.precision import contract
 from safemoe_jax.parallel.sharding import constrain
 
-# The name by which a remat policy finds the projections' outputs. A policy that looks for matmuls
-# does not see the one inside `frozen_dot`.
+# The name by which a remat policy finds what `kept` was called with. A policy that looks for
+# matmuls does not see those inside `frozen_dot` and `contract`.
 PROJECTED = "projected"
 
 
@@ -69,16 +70,16 @@ def gathered_mixture(
             rows = constrain(leaf[constrain(ids_B, "gathered_batch")], "gathered_batch", *axes)
         return constrain(rows, "batch", *axes)
 
-    z_BTR = jnp.einsum("BTD,BDR->BTR", x_BTD, own(a_EDR, axes[0], "rank"))
-    return jnp.einsum("BTR,BRO->BTO", z_BTR, own(b_ERO, "rank", axes[1]))
+    z_BTR = contract("BTD,BDR->BTR", x_BTD, own(a_EDR, axes[0], "rank")).astype(x_BTD.dtype)
+    return contract("BTR,BRO->BTO", z_BTR, own(b_ERO, "rank", axes[1]))
 
 
 def dense_mixture(
     x_BTD: jax.Array, a_EDR: jax.Array, b_ERO: jax.Array, gates_BTE: jax.Array
 ) -> jax.Array:
     """(1) for any gates -> [B, T, O]."""
-    z_BTER = jnp.einsum("BTD,EDR->BTER", x_BTD, a_EDR)
-    return jnp.einsum("BTER,ERO->BTO", z_BTER * gates_BTE[..., None], b_ERO)
+    z_BTER = contract("BTD,EDR->BTER", x_BTD, a_EDR) * gates_BTE[..., None]
+    return contract("BTER,ERO->BTO", z_BTER.astype(x_BTD.dtype), b_ERO)
 
 
 @jax.custom_vjp
@@ -88,7 +89,7 @@ def frozen_dot(x_BTD: jax.Array, kernel_OD: jax.Array) -> jax.Array:
     A cast inside the layer scan would be kept for the backward pass, a full copy of the base; here
     the backward pass repeats the cast, and no gradient of W exists.
     """
-    return jnp.einsum("BTD,OD->BTO", x_BTD, kernel_OD.astype(x_BTD.dtype))
+    return contract("BTD,OD->BTO", x_BTD, kernel_OD.astype(x_BTD.dtype)).astype(x_BTD.dtype)
 
 
 def _frozen_dot_forward(x_BTD, kernel_OD):
@@ -96,10 +97,34 @@ def _frozen_dot_forward(x_BTD, kernel_OD):
 
 
 def _frozen_dot_backward(kernel_OD, grad_BTO):
-    return jnp.einsum("BTO,OD->BTD", grad_BTO, kernel_OD.astype(grad_BTO.dtype)), None
+    dtype = grad_BTO.dtype
+    return contract("BTO,OD->BTD", grad_BTO, kernel_OD.astype(dtype)).astype(dtype), None
 
 
 frozen_dot.defvjp(_frozen_dot_forward, _frozen_dot_backward)
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """x, for remat policies to keep; of 16-bit floats, their bits are kept.
+
+    XLA on CPUs cannot write into a stack of 16-bit floats: for every layer that is added it would
+    widen all of it and narrow it again.
+    """
+    if x.dtype.itemsize != 2:
+        return checkpoint_name(x, PROJECTED)
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.uint16)
+    bits = checkpoint_name(bits, PROJECTED)
+    return _gradient_of(x, jax.lax.bitcast_convert_type(bits, x.dtype))
+
+
+@jax.custom_jvp
+def _gradient_of(x: jax.Array, value: jax.Array) -> jax.Array:
+    return value
+
+
+@_gradient_of.defjvp
+def _(primals, tangents):
+    return primals[1], tangents[0]
 
 
 class Projection(nn.Module):
@@ -125,7 +150,7 @@ class Projection(nn.Module):
         kernel_OD = self.param("kernel", init, (self.features, width), self.param_dtype)
         y_BTO = frozen_dot(x_BTD, kernel_OD)
         if routing is None or self.name not in self.experts.targets:
-            return checkpoint_name(y_BTO, PROJECTED)
+            return kept(y_BTO)
 
         a_EDR = expert_leaf(
             self,
@@ -144,8 +169,9 @@ class Projection(nn.Module):
         if isinstance(routing, OwnExpert):
             mixture_BTO = gathered_mixture(x_BTD, a_EDR, b_ERO, routing.ids_B, self.axes)
         else:
-            mixture_BTO = dense_mixture(x_BTD, a_EDR, b_ERO, routing.gates.astype(x_BTD.dtype))
-        return checkpoint_name(y_BTO + self.experts.scale * mixture_BTO, PROJECTED)
+            mixture_BTO = dense_mixture(x_BTD, a_EDR, b_ERO, routing.gates)
+        y_BTO += (self.experts.scale * mixture_BTO).astype(y_BTO.dtype)
+        return kept(y_BTO)
 
 
 def expert_leaf(module: nn.Module, name: str, init, shape, axes) -> jax.Array:

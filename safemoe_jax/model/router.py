@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from safemoe_jax.config import RouterConfig
-from safemoe_jax.model.attention import at_least_float32
+from safemoe_jax.model.precision import at_least_float32
 
 # Logits of about a hundredth of h's scale: enough to choose by, and still next to no mixture.
 _off_zero = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")

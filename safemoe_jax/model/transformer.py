@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
 from safemoe_jax.model.attention import (
     Kernel,
-    at_least_float32,
     attention,
     choose_kernel,
     fused_attention,
@@ -29,6 +28,7 @@ from safemoe_jax.model.attention import (
     rotation,
 )
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
+from safemoe_jax.model.precision import at_least_float32
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.parallel.sharding import constrain
@@ -150,6 +150,11 @@ class Attention(nn.Module):
         return out(mixed_BTO, routing), *to_cache
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, computed in float32 and rounded once."""
+    return (jax.nn.silu(at_least_float32(gate)) * at_least_float32(up)).astype(up.dtype)
+
+
 class MLP(nn.Module):
     spec: ModelSpec
     projection: dict[str, Any]
@@ -160,7 +165,7 @@ class MLP(nn.Module):
         gate = Projection(width, ("embed", "mlp"), name="gate", **self.projection)(h_BTD, routing)
         up = Projection(width, ("embed", "mlp"), name="up", **self.projection)(h_BTD, routing)
         down = Projection(self.spec.embed_dim, ("mlp", "embed"), name="down", **self.projection)
-        return down(jax.nn.silu(gate) * up, routing)
+        return down(swiglu(gate, up), routing)
 
 
 class Block(nn.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from safemoe_jax.model.lora import Routing
+from safemoe_jax.model.precision import contract
 from safemoe_jax.model.transformer import Transformer, logits
 from safemoe_jax.parallel.sharding import constrain, extent
 
@@ -114,16 +115,19 @@ def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
             for x in (hidden_PTD, targets_PT, sorted_mask_PT)
         )
         logits_PCV = logits(hidden_PCD, head_VD)
-        log_z_PC = jax.nn.logsumexp(logits_PCV, axis=-1)
+        # A softmax by hand: its exponentials, computed once, serve the loss and the gradient.
+        largest_PC = logits_PCV.max(axis=-1)
+        exp_PCV = jnp.exp(logits_PCV - largest_PC[..., None])
+        z_PC = exp_PCV.sum(axis=-1)
         target_PC = jnp.take_along_axis(logits_PCV, targets_PC[..., None], axis=-1)[..., 0]
-        nll_PC = jnp.where(mask_PC, log_z_PC - target_PC, 0.0)
+        nll_PC = jnp.where(mask_PC, jnp.log(z_PC) + largest_PC - target_PC, 0.0)
         nll_PT = jax.lax.dynamic_update_slice_in_dim(nll_PT, nll_PC, at, axis=1)
         if with_gradient:
             # d nll / d logits = softmax - one_hot(target), and so through the head.
-            probability_PCV = jnp.exp(logits_PCV - log_z_PC[..., None]).astype(hidden_PCD.dtype)
             head = head_VD.astype(hidden_PCD.dtype)
-            gradient_PCD = jnp.einsum("PCV,VD->PCD", probability_PCV, head) - head[targets_PC]
-            gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0)
+            gradient_PCD = contract("PCV,VD->PCD", exp_PCV.astype(head.dtype), head)
+            gradient_PCD = gradient_PCD / z_PC[..., None] - head[targets_PC]
+            gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0).astype(head.dtype)
             gradient_PTD = jax.lax.dynamic_update_slice_in_dim(
                 gradient_PTD, gradient_PCD, at, axis=1
             )

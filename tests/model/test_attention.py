@@ -5,7 +5,6 @@ import pytest
 
 from safemoe_jax.config import MeshConfig
 from safemoe_jax.model.attention import (
-    at_least_float32,
     attention,
     choose_kernel,
     fused_attention,
@@ -157,10 +156,3 @@ def test_scores_after_rotary_depend_on_the_distance_alone():
         return np.einsum("BTKH,BSKH->BKTS", *turned)
 
     np.testing.assert_allclose(scores(0), scores(9), rtol=0, atol=1e-4)
-
-
-def test_at_least_float32_widens_and_never_narrows(float64):
-    kinds = {
-        kind: at_least_float32(jnp.ones(1, kind)).dtype.name for kind in ("bfloat16", "float64")
-    }
-    assert kinds == {"bfloat16": "float32", "float64": "float64"}
