@@ -276,7 +276,8 @@ def _router(seed, systems):
 
 def _metrics():
     rows = []
-    for stage, start in (("experts", 3.4), ("router", 1.9), ("safe_lora", 1.9)):
+    starts = {"experts": 3.4, "router": 1.9, "safe_lora": 1.9, "router_random": 2.0}
+    for stage, start in starts.items():
         for step in range(1, 61):
             for split in ("train", "validation"):
                 if split == "validation" and step % 10:

@@ -97,7 +97,10 @@ def html(summary: Row) -> str:
             named=[name for name in views.NAMED if name in summary["systems"]],
             routers=views.routers(summary),
             router_benchmarks=views.router_benchmarks(summary),
-            stages=[(stage, STAGES.get(stage, stage)) for stage in figures.stages(summary)],
+            stages=[
+                (stage, STAGES.get(stage, stage.replace("_", " ")), stage in STAGES)
+                for stage in figures.stages(summary)
+            ],
             figures=drawn.keys(),
             data={
                 "figures": {name: json.loads(figure.to_json()) for name, figure in drawn.items()},

@@ -40,7 +40,7 @@ function layout(figure) {
   };
 }
 
-const visible = (element) => element.offsetParent !== null;
+const visible = (element) => element.checkVisibility();
 
 // A plot in a hidden part has no size: it is drawn when it is first seen, and again in other colours.
 function draw(again) {
@@ -57,6 +57,9 @@ function draw(again) {
   }
 }
 
+for (const details of document.querySelectorAll("details:has(.plot)")) {
+  details.addEventListener("toggle", () => draw());
+}
 document.getElementById("theme").addEventListener("click", () => {
   const current = root.style.colorScheme || (dark.matches ? "dark" : "light");
   root.style.colorScheme = current === "dark" ? "light" : "dark";
