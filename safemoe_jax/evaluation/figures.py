@@ -100,7 +100,7 @@ def forest(rows: Sequence[Row]) -> go.Figure:
         )
     unit = rows[0]["unit"] if rows else "points"
     figure.update_layout(
-        height=120 + 28 * len(rows),
+        height=120 + 30 * len(rows),
         xaxis={"title": unit, "zeroline": True, "zerolinewidth": 2},
         yaxis={
             "automargin": True,
@@ -125,7 +125,7 @@ VERDICTS = (
 
 def _broken(label: str) -> str:
     """In lines short enough for a phone."""
-    return "<br>".join(textwrap.wrap(label, 20))
+    return "<br>".join(textwrap.wrap(label, 26))
 
 
 def _scaled(row: Row, key: str) -> float:

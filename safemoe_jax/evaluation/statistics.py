@@ -151,8 +151,8 @@ def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values of one family of tests, corrected for their number (Holm 1979)."""
-    if not len(p_values):
-        return []
+    if len(p_values) < 2:
+        return list(p_values)
     return multipletests(p_values, method="holm")[1].tolist()
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from safemoe_jax import cli
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import statistics, summary
+from safemoe_jax.evaluation.comparisons import verdict
 from safemoe_jax.evaluation.report import write_report
 from safemoe_jax.evaluation.terminal import terminal_table
 
@@ -27,6 +28,8 @@ SYSTEMS = ("base", "safemoe", "uniform", "safe_lora", "random_router", "benign_e
 def few_resamples():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(statistics, "RESAMPLES", 199)
+        # statsmodels collects garbage in each correction, nine tenths of a summary's time here.
+        monkeypatch.setattr("gc.collect", lambda *_: 0)
         yield
 
 
@@ -113,8 +116,9 @@ def test_no_unsafe_answer_and_no_prompt_is_shown_whole(drawn, html, numbers):
         assert PROMPT_SECRET not in text
         assert UNSAFE[:83] not in text
     hidden = [answer for answer in shown(numbers, "base") if not answer["safe"]]
-    assert {answer["text"] for answer in hidden} == {UNSAFE[:80].rstrip() + "…"}
-    assert {answer["sha256"] for answer in hidden} == {hashlib.sha256(UNSAFE.encode()).hexdigest()}
+    texts = {answer["sha256"]: answer["text"] for answer in hidden}
+    assert texts.pop(hashlib.sha256(UNSAFE.encode()).hexdigest()) == UNSAFE[:80].rstrip() + "…"
+    assert list(texts.values()) == [f"Use {MARKUP} and a cloth."]  # it is shorter than that
     assert SAFE[2].format("kettles") in {answer["text"] for answer in shown(numbers, "base")}
 
 
@@ -199,7 +203,7 @@ def test_the_headline_says_what_is_shown_and_what_is_not(html, numbers):
         == ("other_origin", "isr", "base", "all")
     )
     text = tab(html, "headline")
-    assert f"{100 * row['value']:+.1f} points higher; 95 % interval" in text
+    assert f"{100 * row['value']:+.1f} points {verdict(row)} ; 95 % interval" in text
     assert f"{row['n']} prompts in {row['groups']} groups, 2 training seeds" in text
     claims = re.findall(r'<th scope="row">(.*?)</th>', part(html, "headline"))
     assert len(claims) == len(numbers["claims"]) == 12

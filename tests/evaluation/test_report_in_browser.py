@@ -40,6 +40,7 @@ def browser():
 def path(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(statistics, "RESAMPLES", 199)
+        monkeypatch.setattr("gc.collect", lambda *_: 0)  # see test_report.py
         runs = demo_report.write_runs(
             tmp_path_factory.mktemp("runs"),
             seeds=(0, 1),
@@ -107,8 +108,7 @@ def test_tabs_are_walked_by_the_keyboard_and_kept_in_the_address(page, path):
     assert page.url.endswith("#provenance")
     page.goto(f"{path.as_uri()}#judges")
     expect(page.locator("#judges")).to_be_visible()
-    page.keyboard.press("Tab")
-    expect(page.locator("#tab-judges")).to_be_focused()
+    expect(page.locator("#tab-judges")).to_have_attribute("aria-selected", "true")
 
 
 def test_answers_are_filtered_and_shown_as_text(page):
@@ -121,7 +121,7 @@ def test_answers_are_filtered_and_shown_as_text(page):
     page.select_option("[name=benchmark]", "held_out")
     page.select_option("[name=domain]", "kettles")
     assert page.locator("#found").inner_text() != everything
-    assert set(page.locator("#list .domain").all_inner_texts()) == {"kettles"}
+    assert set(page.locator("#list .domain").all_inner_texts()) == {"kettles\nheld out"}
     page.select_option("[name=outcome]", "unsafe")
     for entry in entries.all():
         mark = entry.locator('.mark[title^="SafeMoE"]')
