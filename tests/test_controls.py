@@ -110,7 +110,7 @@ def home(tmp_path_factory):
         patch.setenv("SAFEMOE_CACHE", str(home / "cache"))
         patch.setattr(stages, "train", TRAINER)
         patch.setattr(Experiment, "initial_state", empty_state)
-        patch.setattr(stages, "_jitted", lambda *_: None)
+        patch.setattr(stages, "jitted_step", lambda *_: None)
         patch.setattr(controls, "Sampler", Fake)
         patch.setattr(controls, "Scorer", Fake)
         patch.setattr(run, "load_judge_rows", lambda corpus: [])
