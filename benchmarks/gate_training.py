@@ -18,8 +18,13 @@ from ours import step_speed
 ROWS, LENGTH, RANK, EXPERTS, STEPS = 8, 256, 32, 7, 3
 
 
-def ours(path: str) -> None:
-    of = config(experts__targets=("q", "k", "v"), experts__rank=RANK, experts__alpha=2.0 * RANK)
+def ours(path: str, dtype: str) -> None:
+    of = config(
+        experts__targets=("q", "k", "v"),
+        experts__rank=RANK,
+        experts__alpha=2.0 * RANK,
+        model__compute_dtype=dtype,
+    )
     assert len(of.data.domains) == EXPERTS
     report({"tokens_per_second": step_speed(of, "router", path, STEPS)})
 
@@ -35,18 +40,21 @@ def main() -> None:
         peer = PEERS / "xlora.py"
         results = in_turn(
             {
-                "ours": side(sys.executable, Path(__file__), "ours", batch),
-                "X-LoRA": side(python, peer, "train", base_file(), batch, EXPERTS, RANK, STEPS),
+                "ours, float32": side(sys.executable, Path(__file__), "ours", batch, "float32"),
+                "ours, bfloat16": side(sys.executable, Path(__file__), "ours", batch, "bfloat16"),
+                "X-LoRA, float32": side(
+                    python, peer, "train", base_file(), batch, EXPERTS, RANK, STEPS
+                ),
             },
             rounds,
         )
-    mine = median(results["ours"], "tokens_per_second")
+    mine = median(results["ours, float32"], "tokens_per_second")
     lines = []
     for name, result in results.items():
         speed = median(result, "tokens_per_second")
         lines.append((name, f"{speed:.0f}", f"{mine / speed:.2f}"))
-    table("Gate training, seven experts", ("side", "tokens/s", "ours / it"), lines)
+    table("Gate training, seven experts", ("side", "tokens/s", "ours, float32 / it"), lines)
 
 
 if __name__ == "__main__":
-    ours(sys.argv[2]) if sys.argv[1:2] == ["ours"] else main()
+    ours(*sys.argv[2:]) if sys.argv[1:2] == ["ours"] else main()

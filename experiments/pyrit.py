@@ -2,14 +2,15 @@
 
     safemoe run --config experiments/pyrit.py
 
-Hardware: 2 CPU cores, 16 GiB of memory. Time: not measured since the steps were cut from 60 and 120
-to 40 and 80 (docs/log.md, 2026-11-25); it took 132 minutes on two busy AVX2 cores before.
+Hardware: 2 CPU cores, 16 GiB of memory. Time: 54 minutes on two Xeon cores (AVX-512), beside other
+work.
 
-What came out (2026-11-24, 60 and 120 steps, one seed, 77 prompts): every expert has a lower NLL of
-its own domain's held-out harmful answers than base (by 0.11 to 0.25) and other experts; safe
-answers' NLL is 2.527 under the base, 2.387 under the uniform mixture, 2.349 under SafeMoE, 2.374
+What came out (2026-11-26, commit e34fddc, one seed, 77 prompts): every expert has a lower NLL of
+its own domain's held-out harmful answers than base, by 0.11 to 0.25, and than the other experts on
+average, save info_integrity's (3.100 against 3.095; with 60 steps it was 3.097 against 3.100). Safe
+answers' NLL is 2.527 under the base, 2.394 under the uniform mixture, 2.360 under SafeMoE, 2.388
 under one LoRA of equal size. Judged safe: 89.6 % base, 87.0 % SafeMoE, intervals overlapping;
-refusals 14.3 % and 3.9 %.
+refusals 14.3 % and 7.8 %.
 """
 
 from ml_collections import ConfigDict
