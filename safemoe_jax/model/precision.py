@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """What norms, softmaxes and the router compute in: float32, or more where x has more."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_sum_type(x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

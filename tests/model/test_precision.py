@@ -1,5 +1,7 @@
 """What is computed in which type."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from safemoe_jax.model.lora import kept
 from safemoe_jax.model.precision import at_least_float32, contract
+from safemoe_jax.model.transformer import REMAT_POLICIES
 
 EQUATION = "BTD,BDR->BTR"
 
@@ -53,3 +56,15 @@ def test_what_is_kept_has_the_same_value_and_gradient(dtype):
     value, gradient = jax.value_and_grad(lambda x: (kept(x) ** 2).sum())(x)
     assert value == (x**2).sum()
     np.testing.assert_array_equal(gradient, 2 * x)
+
+
+@pytest.mark.parametrize("dtype, held", [("float32", "float32"), ("bfloat16", "uint16")])
+def test_remat_keeps_the_bits_of_16_bit_floats(dtype, held):
+    x = jnp.linspace(-1, 1, 7, dtype=dtype)
+
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES["dots"])
+    def layer(x):
+        return jnp.sin(kept(jnp.sin(x)))
+
+    residuals = jax.tree.leaves(jax.vjp(layer, x)[1])
+    assert sorted(leaf.dtype.name for leaf in residuals) == sorted((dtype, held))
