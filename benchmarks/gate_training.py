@@ -2,8 +2,8 @@
 
     python benchmarks/gate_training.py [--rounds N]
 
-Against PEFT's X-LoRA with layerwise scalings and a linear classifier, which trains in float32. 8 full
-rows of 256 tokens of safe answers.
+Against PEFT's X-LoRA with layerwise scalings and a linear classifier, which trains in float32. 8
+full rows of 256 tokens of safe answers.
 """
 
 import sys
