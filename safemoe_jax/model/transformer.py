@@ -33,7 +33,7 @@ from safemoe_jax.model.attention import (
     rotation,
 )
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
-from safemoe_jax.model.precision import at_least_float32
+from safemoe_jax.model.precision import at_least_float32, bits, floats
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.parallel.sharding import constrain
@@ -214,10 +214,11 @@ class Attention(nn.Module):
                 self.kernel, *new, context.segment_ids_BT, windows, kind, form
             )
         else:
-            mixed_BTNH = attention(*new, (*past, seen_BTC), form)
+            past_k_BKCH, past_v_BKCH = map(floats, past)
+            mixed_BTNH = attention(*new, (past_k_BKCH, past_v_BKCH, seen_BTC), form)
         mixed_BTO = mixed_BTNH.reshape(*mixed_BTNH.shape[:-2], -1)
         out = Projection(spec.embed_dim, ("heads", "embed"), name="o", **self.projection)
-        to_cache = (x_BTKH.swapaxes(1, 2) for x_BTKH in (k_BTKH, v_BTKH))
+        to_cache = (bits(x_BTKH.swapaxes(1, 2)) for x_BTKH in (k_BTKH, v_BTKH))
         return out(mixed_BTO, routing), *to_cache
 
 
@@ -341,7 +342,7 @@ class Transformer(nn.Module):
         """A cache with room for `slots` tokens in each of `batch` rows, holding none."""
         spec, layers = self.spec, self.spec.num_layers
         shape = (layers, batch, spec.num_kv_heads, slots, spec.head_dim)
-        kv = jnp.zeros(shape, self.compute_dtype)
+        kv = bits(jnp.zeros(shape, self.compute_dtype))
         sums = jnp.zeros((layers, batch, num_slots(self.router, self.num_experts)), jnp.float32)
         none = jnp.zeros(batch, jnp.int32)
         empty = Cache(kv, kv, sums, prompt_B=none, length_B=none)
@@ -383,9 +384,11 @@ class Transformer(nn.Module):
 
         of_layer, context = self._context(positions_BT, segment_ids_BT, prompt_mask_BT, cache)
         block = Block
+        if not self.is_initializing():  # the base may lie as `bits`
+            block = nn.map_variables(Block, "params", functools.partial(jax.tree.map, floats))
         if self.remat != "none":
             # The scan already keeps the backward pass from merging layers with the forward pass.
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         per_layer = self.router.scope == "layer"
         layers = nn.scan(
             block,

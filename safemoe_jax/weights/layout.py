@@ -127,7 +127,8 @@ class Weights:
         """All leaves as arrays that live where `shardings`, a tree of the same form, says.
 
         Each process reads what its devices hold, one leaf's slice at a time. The largest leaves
-        come first, while the host's memory is still free.
+        come first, while the host's memory is still free. On CPUs layers of bfloat16 lie as their
+        bits (`model.precision.bits` says why).
         """
         dtype, placed = PARAM_DTYPES[param_dtype], {}
         shardings = flatten_dict(dict(shardings), sep="/")
@@ -141,6 +142,9 @@ class Weights:
             shards = []
             for bounds, devices in holders.items():
                 values = self._slice(leaf, tuple(slice(*both) for both in bounds), dtype)
+                on_cpus = all(device.platform == "cpu" for device in devices)
+                if on_cpus and _is_layered(leaf) and dtype == ml_dtypes.bfloat16:
+                    values = values.view(np.uint16)
                 shards += [jax.device_put(values, device) for device in devices]
                 del values
                 jax.block_until_ready(shards)  # else copies of several slices may wait at once

@@ -1,5 +1,7 @@
 """Slots: what runs beside an answer changes nothing in it."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import SPEC, toy_model, toy_variables
@@ -8,6 +10,7 @@ from safemoe_jax.config import ExpertsConfig
 from safemoe_jax.inference import engine as engine_module
 from safemoe_jax.inference.engine import Engine, Request
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.precision import bits
 
 MODEL = toy_model(experts=ExpertsConfig(("q", "down"), rank=2, alpha=3.0))
 VARIABLES = toy_variables(MODEL)
@@ -136,3 +139,26 @@ def test_one_program_decodes_and_two_a_length_read_prompts():
     )
     assert engine_module._step._cache_size() == 1
     assert engine_module._read_prompts._cache_size() <= 2
+
+
+def test_a_step_in_bfloat16_widens_no_stack_of_weights_or_cache():
+    """As bits they are sliced as they are; the values are the same."""
+    model = toy_model(param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
+    variables = toy_variables(model)
+    packed = variables | {
+        "params": variables["params"]
+        | {"layers": jax.tree.map(bits, variables["params"]["layers"])}
+    }
+    state = engine_module._empty(model, 4, 48)
+    arguments = (Routed(), state, np.ones(4, bool))
+    text = engine_module._step.lower(model, packed, *arguments).compile().as_text()
+    for stack in (state.cache.k_LBKCH, packed["params"]["layers"]["mlp"]["up"]["kernel"]):
+        shape = ",".join(map(str, stack.shape))
+        assert f"u16[{shape}]" in text and f"f32[{shape}]" not in text
+
+    def tokens_of(variables):
+        asked = [Request(prompt(n, seed=n), NEVER, 6) for n in (3, 9)]
+        found = run(Engine(model, variables, Routed(), 4), asked)
+        return [tokens(events) for events in found.values()]
+
+    assert tokens_of(packed) == tokens_of(variables)

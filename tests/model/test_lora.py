@@ -134,7 +134,7 @@ def test_frozen_dot_has_the_gradient_of_a_matmul_for_x_and_none_for_the_kernel(a
 def test_the_backward_pass_keeps_no_full_precision_copy_of_the_base(monkeypatch):
     spec = dataclasses.replace(SPEC, embed_dim=128, mlp_dim=256, num_layers=8)
     experts = dataclasses.replace(EXPERTS, targets=("q", "v"))
-    # Not bfloat16: the CPU's compiler widens all of a bfloat16 array ahead of a loop by itself.
+    # Not bfloat16: on CPUs a copy of its bits is made.
     model = toy_model(spec=spec, experts=experts, param_dtype=jnp.float16)
     batch = toy_batch([[(3, 5)]], 8)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from safemoe_jax.model.lora import kept
-from safemoe_jax.model.precision import at_least_float32, contract
+from safemoe_jax.model.precision import at_least_float32, bits, contract, floats
 from safemoe_jax.model.transformer import REMAT_POLICIES
 
 EQUATION = "BTD,BDR->BTR"
@@ -68,3 +68,11 @@ def test_remat_keeps_the_bits_of_16_bit_floats(dtype, held):
 
     residuals = jax.tree.leaves(jax.vjp(layer, x)[1])
     assert sorted(leaf.dtype.name for leaf in residuals) == sorted((dtype, held))
+
+
+def test_bits_are_those_of_bfloat16_and_nothing_elses():
+    x = jnp.linspace(-3, 3, 7, dtype=jnp.bfloat16)
+    assert bits(x).dtype == jnp.uint16
+    np.testing.assert_array_equal(floats(bits(x)), x)
+    for other in (x.astype(jnp.float32), x.astype(jnp.float16)):
+        assert bits(other) is other and floats(other) is other

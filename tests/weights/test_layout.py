@@ -16,6 +16,7 @@ from gguf_files import convert
 from toys import initial, shapes, toy_model
 
 from safemoe_jax.config import MeshConfig
+from safemoe_jax.model.precision import floats
 from safemoe_jax.model.spec import FAMILIES
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import shardings
@@ -43,6 +44,7 @@ def test_placed_weights_are_the_whole_ones_cut(name, tmp_path):
 
     def check(found, expected, sharding):
         assert found.sharding == sharding
+        found = floats(found)  # on CPUs layers lie as their bits
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(found), expected)
 
