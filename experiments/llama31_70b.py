@@ -2,10 +2,9 @@
 
     safemoe plan --config experiments/llama31_70b.py --topology v5p:4x4x4
 
-Hardware: TPU v5p-128, which counts cores: 64 chips. Data and what is still missing: as
-llama32_1b.py.
+Hardware: TPU v5p-128, which counts cores: 64 chips. Data: as llama32_1b.py.
 
-PLANNED
+Planned: not yet.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
     safemoe plan --config experiments/llama31_8b.py --topology v5e:4x4
     safemoe plan --config experiments/llama31_8b.py --topology v6e:4x4
 
-Hardware: TPU v5e-16 or v6e-16, 16 chips. Data and what is still missing: as llama32_1b.py.
+Hardware: TPU v5e-16 or v6e-16, 16 chips. Data: as llama32_1b.py.
 
-PLANNED
+Planned: not yet.
 """
 
 from ml_collections import ConfigDict

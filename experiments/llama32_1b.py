@@ -2,8 +2,7 @@
 
     safemoe plan --config experiments/llama32_1b.py --topology v5e:2x4
 
-Hardware: TPU v5e-8, 8 chips. Data: eight domains of BeaverTails (CC BY-NC 4.0). Before it can be
-run, the base's rope scaling must be modelled, which it is not yet.
+Hardware: TPU v5e-8, 8 chips. Data: eight domains of BeaverTails (CC BY-NC 4.0).
 
 Planned on 2026-11-26 by jax 0.10.2 and libtpu 0.0.42.1: 1,235,814,400 parameters of the base,
 27,262,976 of the experts, 262,272 of the router; it fits. How to read it: docs/plans.md.
