@@ -9,17 +9,17 @@ Planned on 2026-11-26 by jax 0.10.2 and libtpu 0.0.42.1: 8,030,261,248 parameter
 109,051,904 of the experts, 1,048,832 of the router; it fits. How to read it: docs/plans.md.
 
     topology  function       HBM GiB  TFLOPs  sent GB  compute s   HBM s   ICI s    MFU  tokens/s
-    v5e:4x4   train-experts     3.95   90.30    31.36     0.4584  0.4962  0.2509  66.4%    66,037
-    v5e:4x4   train-gate        3.44   91.43    31.27     0.4641  0.4542  0.2512  71.8%    70,601
-    v5e:4x4   prefill           4.32   30.44    15.98     0.1545  0.1499  0.1548  98.9%   211,730
-    v5e:4x4   decode            3.34    0.07    14.20     0.0003  0.0876  0.0710   0.4%       731
-    v6e:4x4   train-experts     3.95   90.30    31.36     0.0984  0.2900  0.1255  24.4%   113,007
-    v6e:4x4   train-gate        3.41   91.43    31.27     0.0996  0.2745  0.1256  26.1%   119,384
-    v6e:4x4   prefill           3.60   30.44    15.98     0.0332  0.1040  0.0774  31.6%   315,112
-    v6e:4x4   decode            3.34    0.07    14.20     0.0001  0.0456  0.0355   0.2%     1,403
+    v5e:4x4   train-experts     3.95   90.28    27.64     0.4583  0.1073  0.1382  71.9%    71,505
+    v5e:4x4   train-gate        3.42   91.41    27.55     0.4640  0.0945  0.1385  71.9%    70,621
+    v5e:4x4   prefill           3.60   30.42    14.23     0.1544  0.0350  0.0719  99.1%   212,187
+    v5e:4x4   decode            3.34    0.07    14.20     0.0003  0.0216  0.0710   0.5%       901
+    v6e:4x4   train-experts     3.95   90.28    27.64     0.0983  0.0556  0.0691  71.9%   333,205
+    v6e:4x4   train-gate        3.40   91.41    27.55     0.0996  0.0568  0.0692  71.9%   329,089
+    v6e:4x4   prefill           3.60   30.42    14.23     0.0331  0.0197  0.0359  91.3%   911,694
+    v6e:4x4   decode            3.34    0.07    14.20     0.0001  0.0113  0.0355   0.2%     1,803
 
-Hours at least: v5e:4x4 train-experts 0.07, train-gate 0.06, answers 0.33; v6e:4x4 train-experts
-0.04, train-gate 0.04, answers 0.17.
+Hours at least: v5e:4x4 train-experts 0.06, train-gate 0.06, answers 0.27; v6e:4x4 train-experts
+0.01, train-gate 0.01, answers 0.13.
 """
 
 from ml_collections import ConfigDict
