@@ -18,7 +18,7 @@ PLANNED = {
     "llama31_8b": {"v5e:4x4", "v6e:4x4"},
     "llama31_70b": {"v5p:4x4x4"},
 }
-FUNCTIONS = ["train-experts", "train-gate", "prefill", "train-gate"]
+FUNCTIONS = ["train-experts", "train-gate", "prefill", "decode"]
 
 
 def in_docs():
