@@ -6,8 +6,8 @@ Again with seeds 1 and 2, and then
 
     safemoe report --runs runs/headline/0 runs/headline/1 runs/headline/2
 
-What is compared, and how, was fixed before: docs/headline_plan.md. Stopped at any moment, a run goes
-on with the system, fold and benchmark that was not done.
+What is compared, and how, was fixed before: docs/headline_plan.md. Stopped at any moment, a run
+goes on with the system, fold and benchmark that was not done.
 
 Hardware: 2 CPU cores, 16 GiB of memory.
 """
