@@ -115,9 +115,18 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def tokens_at_once() -> int:
-    """How many tokens one pass over whole texts should have on this machine."""
-    return _TOKENS_AT_ONCE[jax.default_backend()]
+def tokens_at_once(platform: str | None = None) -> int:
+    """How many tokens one pass over whole texts should have on a "cpu", "gpu" or "tpu"; where not
+    given, on what this process has."""
+    return _TOKENS_AT_ONCE[platform or jax.default_backend()]
+
+
+def rows_together(length: int, slots: int, platform: str | None = None) -> int:
+    """How many prompts of a padded length one pass reads at most, on the mesh that is set.
+
+    No device idles while others read: the mesh cuts the rows evenly. `slots` is such a number, too.
+    """
+    return min(slots, whole_rows(max(1, tokens_at_once(platform) // length)))
 
 
 class Engine:
@@ -205,7 +214,7 @@ class Engine:
         return min(bucket(length), self._model.spec.max_positions)
 
     def _together(self, length: int) -> int:
-        return max(1, min(tokens_at_once() // length, self._slots))
+        return rows_together(length, self._slots)
 
     def _fit(self) -> None:
         """Gives the cache the length that the running requests need.

@@ -12,6 +12,8 @@ one multiply by the gates. `tests/model/test_lora.py` holds the two forms equal.
 Shape letters: B batch, T tokens, D input width, O output width, E experts, R rank.
 """
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -82,26 +84,39 @@ def dense_mixture(
     return contract("BTER,ERO->BTO", z_BTER.astype(x_BTD.dtype), b_ERO)
 
 
-@jax.custom_vjp
-def frozen_dot(x_BTD: jax.Array, kernel_OD: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def frozen_dot(x_BTD: jax.Array, kernel_OD: jax.Array, axes: tuple[str, str]) -> jax.Array:
     """x W in the type of x, for a W that is never trained and lies transposed.
 
     A cast inside the layer scan would be kept for the backward pass, a full copy of the base; here
-    the backward pass repeats the cast, and no gradient of W exists.
+    the backward pass repeats the cast, and no gradient of W exists. The same holds for W gathered
+    over fsdp. It is gathered before it is used: left to itself, XLA multiplies it part by part and
+    adds the products in memory, each as large as the result in float32.
+
+    Args:
+      x_BTD: what is projected.
+      kernel_OD: W.
+      axes: logical names of O and D.
     """
-    return contract("BTD,OD->BTO", x_BTD, kernel_OD.astype(x_BTD.dtype)).astype(x_BTD.dtype)
+    kernel_OD = _gathered(kernel_OD, axes).astype(x_BTD.dtype)
+    return contract("BTD,OD->BTO", x_BTD, kernel_OD).astype(x_BTD.dtype)
 
 
-def _frozen_dot_forward(x_BTD, kernel_OD):
-    return frozen_dot(x_BTD, kernel_OD), kernel_OD
+def _frozen_dot_forward(x_BTD, kernel_OD, axes):
+    return frozen_dot(x_BTD, kernel_OD, axes), kernel_OD
 
 
-def _frozen_dot_backward(kernel_OD, grad_BTO):
+def _frozen_dot_backward(axes, kernel_OD, grad_BTO):
     dtype = grad_BTO.dtype
-    return contract("BTO,OD->BTD", grad_BTO, kernel_OD.astype(dtype)).astype(dtype), None
+    kernel_OD = _gathered(kernel_OD, axes).astype(dtype)
+    return contract("BTO,OD->BTD", grad_BTO, kernel_OD).astype(dtype), None
 
 
 frozen_dot.defvjp(_frozen_dot_forward, _frozen_dot_backward)
+
+
+def _gathered(kernel_OD: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    return constrain(kernel_OD, *("activation" if axis == "embed" else axis for axis in axes))
 
 
 def kept(x: jax.Array) -> jax.Array:
@@ -151,7 +166,7 @@ class Projection(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
         init = nn.with_logical_partitioning(init, (out_axis, in_axis))
         kernel_OD = self.param("kernel", init, (self.features, width), self.param_dtype)
-        y_BTO = frozen_dot(x_BTD, kernel_OD)
+        y_BTO = frozen_dot(x_BTD, kernel_OD, (out_axis, in_axis))
         if self.bias:
             start = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
             bias_O = self.param("bias", start, (self.features,), self.param_dtype)

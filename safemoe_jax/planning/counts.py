@@ -6,7 +6,7 @@ instruction counts as often as it runs.
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,63 +88,73 @@ def _traffic(program: Program, one: Instruction, computation: Computation) -> fl
         return sum(array.hbm_bytes for array in one.shape[:2])
     inputs = [computation[name] for name in one.operands if name in computation]
     if one.opcode == "fusion":
-        (callee,) = one.called("calls")
-        return _fusion_traffic(one, inputs, program.computations[callee], program.roots[callee])
+        return _fusion_traffic(program, one, inputs)
     read = [sum(array.hbm_bytes for array in source.shape) for source in inputs]
     return _sliced(one, inputs, read)
 
 
-def _fusion_traffic(
-    fusion: Instruction,
-    inputs: Sequence[Instruction],
-    fused: Computation,
-    root: Instruction,
-) -> float:
-    users = defaultdict(list)
-    for one in fused.values():
-        for name in one.operands:
-            users[name].append(one)
-
-    def readers(name: str) -> list[tuple[Instruction, str]]:
-        found = []
-        for one in users[name]:
-            found += readers(one.name) if one.opcode == "bitcast" else [(one, name)]
-        return found
-
+def _fusion_traffic(program: Program, fusion: Instruction, inputs: Sequence[Instruction]) -> float:
+    (callee,) = fusion.called("calls")
+    fused, root = program.computations[callee], program.roots[callee]
     total = 0.0
     for one in fused.values():
-        if one.opcode != "parameter":
-            continue
-        whole = sum(array.hbm_bytes for array in inputs[parameter_number(one)].shape)
-        if whole:
-            used = [_part_read(reader, name) for reader, name in readers(one.name)]
-            part = math.inf if None in used else sum(used)
-            total += min(whole, part)
+        if one.opcode == "parameter":
+            whole = sum(array.hbm_bytes for array in inputs[parameter_number(one)].shape)
+            total += whole and min(whole, _read(program, callee, one.name))
     roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for result, array in zip(roots, fusion.shape, strict=False):
-        while result.opcode == "bitcast" and result.operands[0] in fused:
-            result = fused[result.operands[0]]
-        if result.opcode == "dynamic-update-slice":
-            total += min(array.hbm_bytes, fused[result.operands[1]].shape[0].bytes)
-        elif result.opcode not in ("parameter", *COLLECTIVES) and not _begins(result):
-            total += array.hbm_bytes
+        total += min(array.hbm_bytes, _written(program, callee, result))
     return total
 
 
-def _inputs(one: Instruction, computation: Computation) -> list[Array]:
-    return [array for name in one.operands for array in computation[name].shape]
+def _read(program: Program, computation: str, name: str) -> float:
+    """Of an array in a fused computation, and in those fused into it, the bytes that are read;
+    infinite where it is all of it."""
+    total = 0.0
+    for one in program.computations[computation].values():
+        for place in (number for number, operand in enumerate(one.operands) if operand == name):
+            if one.opcode == "bitcast":
+                total += _read(program, computation, one.name)
+            elif one.opcode == "fusion":
+                (callee,) = one.called("calls")
+                total += sum(
+                    _read(program, callee, inner.name)
+                    for inner in program.computations[callee].values()
+                    if inner.opcode == "parameter" and parameter_number(inner) == place
+                )
+            else:
+                total += _part_read(one, place)
+    return total
 
 
-def _part_read(one: Instruction, name: str) -> float | None:
-    """Of an operand that `one` reads in part, the bytes; None where it reads the whole."""
-    if one.opcode in ("dynamic-slice", "slice", "gather") and one.operands[0] == name:
+def _part_read(one: Instruction, place: int) -> float:
+    """Of operand `place` the bytes that `one` reads; infinite where it is all of it."""
+    if place == 0 and one.opcode in ("dynamic-slice", "slice", "gather"):
         return one.shape[0].bytes
-    if one.opcode == "dynamic-update-slice" and one.operands[0] == name:
+    if place == 0 and one.opcode == "dynamic-update-slice":
         return 0.0
     # An exchange that is under way: its buffers are handed on, and counted where it ends.
     if one.opcode in ("tuple", *COLLECTIVES) or "AsyncCollective" in one.rest:
         return 0.0
-    return None
+    return math.inf
+
+
+def _written(program: Program, computation: str, result: Instruction) -> float:
+    """Of a fused computation's result, the bytes that are written; infinite where it is all."""
+    fused = program.computations[computation]
+    if result.opcode == "bitcast" and result.operands[0] in fused:
+        return _written(program, computation, fused[result.operands[0]])
+    if result.opcode == "fusion":
+        (callee,) = result.called("calls")
+        return _written(program, callee, program.roots[callee])
+    if result.opcode == "dynamic-update-slice":
+        return fused[result.operands[1]].shape[0].bytes
+    passed_on = result.opcode in ("parameter", *COLLECTIVES) or _begins(result)
+    return 0.0 if passed_on else math.inf
+
+
+def _inputs(one: Instruction, computation: Computation) -> list[Array]:
+    return [array for name in one.operands for array in computation[name].shape]
 
 
 def _begins(one: Instruction) -> bool:

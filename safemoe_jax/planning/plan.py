@@ -24,7 +24,7 @@ from safemoe_jax.config import Config
 from safemoe_jax.data.pipeline import empty_tokens
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import check_layout, collection_shapes, num_params, state_shapes
-from safemoe_jax.inference.engine import bucket, decode_step, prefill
+from safemoe_jax.inference.engine import bucket, decode_step, prefill, rows_together
 from safemoe_jax.model.attention import splash_block
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
@@ -54,7 +54,8 @@ class Job:
       function: jitted.
       arguments: shapes, with where they live.
       parts: to which of `PARTS` an argument belongs, by the beginning of its path.
-      tokens: that one call works on.
+      rows: that one call works on.
+      tokens: in them.
       useful_flops: of all devices together, what the result needs, without recomputation.
       loss_chunks: how often the loss's loop runs if every token carries loss.
       results: the part to which the results belong that overwrite no argument.
@@ -64,6 +65,7 @@ class Job:
     function: Any
     arguments: tuple[Any, ...]
     parts: dict[str, str]
+    rows: int
     tokens: int
     useful_flops: float
     loss_chunks: int = 1
@@ -75,7 +77,7 @@ class Figures:
     """What a job's compiled program does on a device.
 
     Attributes:
-      name, tokens: the job's.
+      name, rows, tokens: the job's.
       fits: whether the compiler found room for it.
       hbm: bytes by part. Where it does not fit: of the arguments, and what was asked for in all.
       needed: bytes in all.
@@ -87,6 +89,7 @@ class Figures:
     """
 
     name: str
+    rows: int
     tokens: int
     fits: bool
     hbm: dict[str, float]
@@ -136,8 +139,10 @@ class Plan:
         evaluation = self.config.evaluation
         prompts = evaluation.prompts_per_domain * len(self.config.data.domains)
         if prompts and {"prefill", "decode"} <= by_name.keys():
-            batches = -(-prompts // evaluation.batch_size) * len(evaluation.systems)
-            answer = by_name["prefill"].bound + evaluation.max_new_tokens * by_name["decode"].bound
+            read, step = by_name["prefill"], by_name["decode"]
+            batches = math.ceil(prompts / step.rows) * len(evaluation.systems)
+            reads = math.ceil(step.rows / read.rows)
+            answer = reads * read.bound + evaluation.max_new_tokens * step.bound
             hours["answers"] = batches * answer / 3600
         return hours
 
@@ -232,6 +237,7 @@ def _train_job(
             "frozen['experts']": "experts",
             "": "batch",
         },
+        rows=rows,
         tokens=rows * length,
         useful_flops=2 * rows * length * (per_token + 3 * count.attention(length)),
         loss_chunks=chunks,
@@ -241,36 +247,45 @@ def _train_job(
 def _answer_job(
     name: str, config: Config, mesh: Mesh, model: Transformer, shapes: dict[str, Any]
 ) -> Job:
-    """Prefill of prompts of a row's length, or one decode step behind them."""
+    """Prefill of as many prompts of a row's length as are read together, or one decode step of all
+    slots behind them; both beside the cache of all slots."""
     evaluation, spec = config.evaluation, model.spec
+
+    def padded(length: int) -> int:
+        return min(bucket(length), spec.max_positions)
+
+    length = padded(config.data.sequence_length)
+    room = padded(length + evaluation.max_new_tokens)
     with jax.set_mesh(mesh):
-        rows = whole_rows(evaluation.batch_size)
-    length = min(bucket(config.data.sequence_length), spec.max_positions)
-    slots = length + evaluation.max_new_tokens
-    named = {"tokens_BT": (rows, length), "length_B": (rows,), "token_B": (rows,)}
+        slots = whole_rows(evaluation.batch_size)
+        together = rows_together(length, slots, "tpu")
+    named = {"tokens_BT": (together, length), "length_B": (together,), "token_B": (slots,)}
     tokens = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key, shape in named.items()}
     tokens = with_shardings(tokens, batch_shardings(mesh, tokens))
+    cache = jax.eval_shape(lambda: model.empty_cache(slots, room))
+    cache = with_shardings(cache, shardings(mesh, CACHE_AXES))
     count = _Count.of(model, shapes)
 
     if name == "prefill":
+        rows = together
 
-        def function(variables, tokens_BT, length_B):
-            cache = model.empty_cache(rows, slots)
-            return prefill(model, variables, Routed(), tokens_BT, length_B, cache)
+        def function(variables, tokens_BT, length_B, cache):
+            own = model.empty_cache(rows, length)
+            return prefill(model, variables, Routed(), tokens_BT, length_B, own)
 
-        jitted, arguments = jax.jit(function), (shapes, tokens["tokens_BT"], tokens["length_B"])
+        jitted = jax.jit(function, keep_unused=True)  # the slots' cache is there all the while
+        arguments = (shapes, tokens["tokens_BT"], tokens["length_B"], cache)
         per_token = count.layers + count.experts + count.router + count.attention(length)
         used = rows * (length * per_token + count.head)
     else:
+        rows = slots
 
         def function(variables, token_B, cache):
             return decode_step(model, variables, Routed(), token_B, cache)
 
-        cache = jax.eval_shape(lambda: model.empty_cache(rows, slots))
-        cache = with_shardings(cache, shardings(mesh, CACHE_AXES))
         jitted = jax.jit(function, donate_argnums=2)
         arguments = (shapes, tokens["token_B"], cache)
-        attention = 2 * slots * spec.num_heads * spec.head_dim * spec.num_layers
+        attention = 2 * room * spec.num_heads * spec.head_dim * spec.num_layers
         used = rows * (count.matmuls + count.experts + count.router + attention)
     return Job(
         name=name,
@@ -283,6 +298,7 @@ def _answer_job(
             "cache": "cache",
             "": "batch",
         },
+        rows=rows,
         tokens=rows * length if name == "prefill" else rows,
         useful_flops=2 * used,
         results="cache",
@@ -334,13 +350,13 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
     share = {"useful_flops": job.useful_flops / mesh.size}
     held = _held(job)
     if (needed := sum(held.values())) > topology.room:  # its arguments alone are too much
-        return Figures(job.name, job.tokens, False, held, needed, **share)
+        return Figures(job.name, job.rows, job.tokens, False, held, needed, **share)
     try:
         compiled = compile_job(job)
     except jax.errors.JaxRuntimeError as error:
         if not (asked := _asked(str(error), needed)):
             raise
-        return Figures(job.name, job.tokens, False, held, asked, **share)
+        return Figures(job.name, job.rows, job.tokens, False, held, asked, **share)
     program = Program.parse(compiled.as_text())
     runs = program.runs(unknown_trips=job.loss_chunks)
     work = flops(program, runs)
@@ -356,6 +372,7 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
     hbm = _hbm(job, program, compiled.memory_analysis())
     return Figures(
         name=job.name,
+        rows=job.rows,
         tokens=job.tokens,
         fits=True,
         hbm=hbm,

@@ -1,11 +1,12 @@
 """A plan as lines and a table, as JSON, and as a picture."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -26,6 +27,7 @@ COLUMNS = (
     "MFU",
     "tokens/s",
 )
+_TIMES = {"compute": "compute", "hbm": "HBM", "ici": "ICI"}
 NOTES = (
     "HBM, FLOPs and bytes sent are a device's, tokens/s the slice's. Seconds are bounds, each at "
     "the chip's public peak; MFU and tokens/s take the largest of the three, the others hidden "
@@ -53,7 +55,8 @@ def show(plan: Plan) -> None:
         if one.sent:
             kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in one.sent.items())
             console.print(f"{one.name}: a device sends {kinds}")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    # 80 columns are all that there is in a log.
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "function" else "right", no_wrap=True)
     for one in plan.figures:
@@ -103,6 +106,7 @@ def _function(plan: Plan, one: Figures) -> dict[str, Any]:
         "hbm": one.hbm,
         "hbm_needed": one.needed,
         "hbm_of_a_device": plan.topology.room,
+        "rows": one.rows,
         "tokens": one.tokens,
         "useful_flops": one.useful_flops,
     }
@@ -119,36 +123,83 @@ def _function(plan: Plan, one: Figures) -> dict[str, Any]:
 
 
 def write_picture(plan: Plan, path: Path) -> None:
-    """A page with each function's memory by part, and its three times."""
+    """A page with each function's memory by part, its three times, and the table."""
+    room = plan.topology.room / 2**30
     figure = make_subplots(
-        cols=2, subplot_titles=("HBM of a device, GiB", "Seconds at the chip's public peak")
+        rows=2,
+        cols=2,
+        row_heights=(0.65, 0.35),
+        horizontal_spacing=0.22,
+        vertical_spacing=0.14,
+        specs=[[{}, {}], [{"type": "table", "colspan": 2}, None]],
+        subplot_titles=(
+            f"HBM of a device; it has {room:g} GiB",
+            "Seconds at the chip's public peak; orange: the largest, the bound",
+        ),
     )
-    names = [one.name for one in plan.figures]
-    for part, color in zip(PARTS, PALETTE, strict=True):
-        sizes = [one.hbm.get(part, 0) / 2**30 for one in plan.figures]
-        if any(sizes):
-            figure.add_bar(
-                x=names, y=sizes, name=part, marker_color=color, legendgroup="hbm", col=1, row=1
-            )
-    figure.add_hline(plan.topology.room / 2**30, line_dash="dash", row=1, col=1)
-    for what, color in zip(("compute", "hbm", "ici"), PALETTE, strict=False):
-        figure.add_scatter(
-            x=[one.name for one in plan.figures if one.fits],
-            y=[one.seconds[what] for one in plan.figures if one.fits],
-            name=f"{what}, s",
-            mode="markers",
-            marker={"size": 12, "color": color, "symbol": "diamond"},
-            legendgroup="seconds",
-            row=1,
-            col=2,
-        )
+    for bar in _memory_bars(plan):
+        figure.add_trace(bar, row=1, col=1)
+    figure.add_vline(room, line_dash="dash", row=1, col=1)
+    figure.add_trace(_times(plan), row=1, col=2)
+    columns = list(zip(*(cells(plan, one) for one in plan.figures if one.fits), strict=True))
+    figure.add_table(
+        header={"values": COLUMNS, "align": ["left", "right"]},
+        cells={"values": columns, "align": ["left", "right"]},
+        row=2,
+        col=1,
+    )
+    figure.update_xaxes(title="GiB", row=1, col=1)
+    figure.update_xaxes(title="seconds", type="log", dtick=1, exponentformat="power", row=1, col=2)
+    figure.update_yaxes(autorange="reversed", row=1)
     figure.update_layout(
         template="plotly_white",
         barmode="stack",
-        title=f"{plan.config.model.source} on {plan.topology.name}",
-        yaxis2_type="log",
+        height=700,
+        title=f"{plan.config.model.source} on {plan.topology.name}, planned and not measured",
+        title_y=0.96,
+        legend={"orientation": "h", "x": 0, "y": 1.07, "yanchor": "bottom", "traceorder": "normal"},
+        margin_t=130,
+        margin_b=20,
     )
     figure.write_html(path)
+
+
+def _memory_bars(plan: Plan) -> Iterator[go.Bar]:
+    """Of each part one trace, a bar for each function."""
+    for part, color in zip(PARTS, PALETTE, strict=True):
+        sizes = [one.hbm.get(part, 0) / 2**30 for one in plan.figures]
+        if any(sizes):
+            yield go.Bar(
+                x=sizes,
+                y=[one.name for one in plan.figures],
+                orientation="h",
+                name=part,
+                marker_color=color,
+                hovertemplate="%{y}, %{fullData.name}: %{x:.3g} GiB<extra></extra>",
+            )
+
+
+def _times(plan: Plan) -> go.Scatter:
+    """A point for each function's every time; the bound has another colour."""
+    times = [(one, what) for one in plan.figures if one.fits for what in one.seconds]
+    seconds = [one.seconds[what] for one, what in times]
+    return go.Scatter(
+        x=seconds,
+        y=[[one.name for one, _ in times], [_TIMES[what] for _, what in times]],
+        mode="markers+text",
+        marker={
+            "size": 11,
+            "color": [
+                PALETTE[1] if value == one.bound else PALETTE[-1]
+                for value, (one, _) in zip(seconds, times, strict=True)
+            ],
+        },
+        texttemplate="%{x:.3g}",
+        textposition="middle right",
+        hovertemplate="%{y}: %{x:.3g} s<extra></extra>",
+        cliponaxis=False,
+        showlegend=False,
+    )
 
 
 def candidate_as_json(candidate: Candidate) -> dict[str, Any]:

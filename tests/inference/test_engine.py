@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from toys import SPEC, toy_model, toy_variables
 
-from safemoe_jax.config import ExpertsConfig
+from safemoe_jax.config import ExpertsConfig, MeshConfig
 from safemoe_jax.inference import engine as engine_module
-from safemoe_jax.inference.engine import Engine, Request
+from safemoe_jax.inference.engine import Engine, Request, rows_together
 from safemoe_jax.model.lora import Routed
+<<<<<<< HEAD
 from safemoe_jax.model.precision import bits
+=======
+from safemoe_jax.parallel.mesh import make_mesh
+>>>>>>> plan2
 
 MODEL = toy_model(experts=ExpertsConfig(("q", "down"), rank=2, alpha=3.0))
 VARIABLES = toy_variables(MODEL)
@@ -141,6 +145,7 @@ def test_one_program_decodes_and_two_a_length_read_prompts():
     assert engine_module._read_prompts._cache_size() <= 2
 
 
+<<<<<<< HEAD
 def test_a_step_in_bfloat16_widens_no_stack_of_weights_or_cache():
     """As bits they are sliced as they are; the values are the same."""
     model = toy_model(param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
@@ -162,3 +167,14 @@ def test_a_step_in_bfloat16_widens_no_stack_of_weights_or_cache():
         return [tokens(events) for events in found.values()]
 
     assert tokens_of(packed) == tokens_of(variables)
+=======
+def test_no_device_idles_while_others_read():
+    """A TPU reads 16,384 tokens at once; rows are as many as devices, or a multiple, up to all."""
+    assert rows_together(2048, 64, "tpu") == 8
+    assert rows_together(40_000, 64, "tpu") == 1
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4, tensor=1, context=1))):
+        assert rows_together(1024, 64, "tpu") == 16
+        assert rows_together(1536, 64, "tpu") == 16  # ten would not go into eight
+        assert rows_together(40_000, 64, "tpu") == 8
+        assert rows_together(64, 24, "tpu") == 24
+>>>>>>> plan2

@@ -93,32 +93,46 @@ SLICED = """
   %at.1 = s32[] parameter(2)
   ROOT %all = bf16[6,4,128]{2,1,0} dynamic-update-slice(%whole.1, %new, %at.1)
 }
+%fused_twice (whole.2: bf16[6,4,128], at.2: s32[]) -> bf16[1,4,128] {
+  %whole.2 = bf16[6,4,128]{2,1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  %inner = bf16[1,4,128]{2,1,0} fusion(%whole.2, %at.2), kind=kLoop, calls=%fused
+  ROOT %twice = bf16[1,4,128]{2,1,0} multiply(%inner, %inner)
+}
+%written_within (whole.3: bf16[6,4,128], new.3: bf16[1,4,128], at.3: s32[]) -> bf16[6,4,128] {
+  %whole.3 = bf16[6,4,128]{2,1,0} parameter(0)
+  %new.3 = bf16[1,4,128]{2,1,0} parameter(1)
+  %at.3 = s32[] parameter(2)
+  ROOT %inner.3 = bf16[6,4,128]{2,1,0} fusion(%whole.3, %new.3, %at.3), kind=kLoop, calls=%written
+}
 """
 
 
 def test_a_slice_counts_as_the_slice_and_what_is_on_chip_not_at_all():
     layer = 4 * 128 * 2
-    read = counted(
-        hbm_bytes,
-        """
-  %w = bf16[6,4,128]{2,1,0} parameter(0)
-  %i = s32[]{:S(6)} parameter(1)
-  ROOT %s = bf16[1,4,128]{2,1,0:S(1)} fusion(%w, %i), kind=kLoop, calls=%fused
+    for fused in ("fused", "fused_twice"):
+        read = counted(
+            hbm_bytes,
+            f"""
+  %w = bf16[6,4,128]{{2,1,0}} parameter(0)
+  %i = s32[]{{:S(6)}} parameter(1)
+  ROOT %s = bf16[1,4,128]{{2,1,0:S(1)}} fusion(%w, %i), kind=kLoop, calls=%{fused}
 """,
-        SLICED,
-    )
-    assert read == layer
-    updated = counted(
-        hbm_bytes,
-        """
-  %w = bf16[6,4,128]{2,1,0} parameter(0)
-  %n = bf16[1,4,128]{2,1,0} parameter(1)
-  %i = s32[]{:S(6)} parameter(2)
-  ROOT %s = bf16[6,4,128]{2,1,0} fusion(%w, %n, %i), kind=kLoop, calls=%written
+            SLICED,
+        )
+        assert read == layer
+    for written in ("written", "written_within"):
+        updated = counted(
+            hbm_bytes,
+            f"""
+  %w = bf16[6,4,128]{{2,1,0}} parameter(0)
+  %n = bf16[1,4,128]{{2,1,0}} parameter(1)
+  %i = s32[]{{:S(6)}} parameter(2)
+  ROOT %s = bf16[6,4,128]{{2,1,0}} fusion(%w, %n, %i), kind=kLoop, calls=%{written}
 """,
-        SLICED,
-    )
-    assert updated == 2 * layer
+            SLICED,
+        )
+        assert updated == 2 * layer
     copied = counted(
         hbm_bytes,
         """

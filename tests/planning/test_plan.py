@@ -43,6 +43,7 @@ SPEC = ModelSpec(
 def tiny_config():
     config = pyrit.get_config()
     config.model.param_dtype = config.model.compute_dtype = "bfloat16"
+    config.model.remat = "none"  # what is computed twice is no part of the model's arithmetic
     config.data.domains = ("cats", "dogs")
     config.data.sequence_length = 256
     config.train.experts.rows = 2
@@ -92,9 +93,10 @@ def test_memory_is_the_compilers_part_by_part(planned):
     assert train["best"] == pytest.approx(train["experts"], rel=0.01)
     assert train["optimizer"] == pytest.approx(2 * train["experts"], rel=0.01)
     assert by_name["train-gate"]["experts"] == train["experts"]
-    cache = 2 * 2 * LAYERS * 1 * (256 + 64) * 128  # keys and values of one row a device
-    for name in ("prefill", "decode"):
-        assert by_name[name]["cache"] == pytest.approx(cache, rel=0.1)
+    slot = 2 * 2 * LAYERS * 1 * 128  # keys and values of one row a device
+    assert by_name["decode"]["cache"] == pytest.approx(slot * (256 + 64), rel=0.1)
+    # What is read lies beside the cache of all until it is put there.
+    assert by_name["prefill"]["cache"] == pytest.approx(slot * (256 + 64 + 256), rel=0.1)
 
 
 def test_flops_counted_once_are_xlas_own(planned):
@@ -168,8 +170,25 @@ def test_flops_of_splash_attention(name, matmuls):
     assert planning.attention_flops(kernel) == 2 * matmuls * 3 * 8 * 10 * 512 * 512 * 64
 
 
-def figures(name, seconds, fits=True):
-    return planning.Figures(name, 1, fits, {}, 0.0, 0.0, seconds={"compute": seconds})
+def figures(name, seconds, fits=True, rows=1):
+    return planning.Figures(name, rows, 1, fits, {}, 0.0, 0.0, seconds={"compute": seconds})
+
+
+def test_hours_of_steps_and_of_answers():
+    """Of 60 prompts, 32 are decoded at once, and read 16 at a time."""
+    config = tiny_config()
+    evaluation = dataclasses.replace(config.evaluation, prompts_per_domain=30, systems=("base",))
+    config = dataclasses.replace(config, evaluation=evaluation)
+    parts = (
+        figures("train-gate", 3.0),
+        figures("prefill", 7.0, rows=16),
+        figures("decode", 0.25, rows=32),
+    )
+    hours = planning.Plan(config, None, {}, parts).hours
+    assert hours == {
+        "train-gate": pytest.approx(config.train.router.steps * 3.0 / 3600),
+        "answers": pytest.approx(2 * (2 * 7.0 + 64 * 0.25) / 3600),
+    }
 
 
 def test_search_goes_by_hours_for_the_same_tokens(monkeypatch, topology):
@@ -203,7 +222,7 @@ def test_search_goes_by_hours_for_the_same_tokens(monkeypatch, topology):
 def test_the_command_says_whether_it_fits(fits, tmp_path, monkeypatch, capsys):
     hbm = {"base": 2.0**30, "activations": 3 * 2.0**30}
     one = planning.Figures(
-        "decode", 4, fits, hbm, 4 * 2.0**30, 1e9, 2e9, 3e9, {"all-gather": 5e9}, {"compute": 0.5}
+        "decode", 4, 4, fits, hbm, 4 * 2.0**30, 1e9, 2e9, 3e9, {"all-gather": 5e9}, {"compute": 0.5}
     )
     one.seconds.update(hbm=0.25, ici=0.125)
     chip = get_topology("v5e:2x2")
@@ -250,5 +269,5 @@ def test_where_nothing_can_be_written_nothing_is_compiled(tmp_path, capsys):
 
 def test_a_device_of_half_a_chip_has_half_its_peak():
     half = Topology("v4:2x2x1", get_topology("v4:2x2x1").chip, (2, 2, 1), [None] * 8, "")
-    one = planning.Figures("", 1, True, {}, 0.0, 275e12, seconds={"compute": 4.0})
+    one = planning.Figures("", 1, 1, True, {}, 0.0, 275e12, seconds={"compute": 4.0})
     assert one.mfu(half) == 0.5
