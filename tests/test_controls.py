@@ -2,13 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny
 from toys import leaves_equal
 
@@ -25,6 +25,7 @@ from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.training.state import init_expert_state, init_router_state
+from safemoe_jax.weights.artefact import new_artefact
 from safemoe_jax.workdir import Workdir
 
 OPTIONS = ["--config.evaluation.left_out=('cats',)", "--config.evaluation.utility=True"]
@@ -191,8 +192,11 @@ def test_the_contract_is_what_is_written(home):
 def test_each_part_is_trained_once_and_kept_as_weights_alone(home, capsys):
     assert TRAINER.stages.keys() == TRAINED
     left = {path.name for path in (home / "run" / "controls").iterdir()}
-    assert left == {f"{name}.safetensors" for name in TRAINED - {"experts", "router"}}
-    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (home / "run" / "controls").iterdir())
+    assert left == TRAINED - {"experts", "router"}
+    for path in (home / "run" / "controls").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o700
+        files = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+        assert files == {"manifest.json": 0o600, "weights.safetensors": 0o600}
     assert not [p for p in (home / "run").rglob("checkpoints") if any(p.iterdir())]
 
     # Another choice of systems: nothing is trained, made or answered again.
@@ -271,15 +275,16 @@ def test_left_out_experts_are_the_bundles_own(home, experiment):
 
 
 def test_what_weights_are_of_is_checked(home, experiment):
-    path = home / "run" / "controls" / "safe_lora.safetensors"
-    kept = path.read_bytes()
-    tensors = safetensors.numpy.load(kept)
-    safetensors.numpy.save_file(tensors, path, metadata={"identity": json.dumps({"base": "x"})})
+    path = home / "run" / "controls" / "safe_lora"
+    kept = shutil.copytree(path, home / "kept")
     try:
-        with pytest.raises(UserError, match=r"safe_lora.safetensors is of .*delete that file"):
+        with new_artefact(path, controls.CONTROL, {"identity": {"base": "x"}}):
+            pass
+        with pytest.raises(UserError, match=r"safe_lora is of .*delete that directory"):
             Controls(experiment).system("safe_lora")
     finally:
-        path.write_bytes(kept)
+        shutil.rmtree(path)
+        kept.rename(path)
 
 
 def test_the_systems_differ_as_they_should(home, experiment, monkeypatch):
