@@ -1,5 +1,7 @@
 """Every system of the table on a tiny base: what is trained for it, once, and on what."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -18,7 +20,12 @@ from safemoe_jax.controls import Controls, expert_text
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks
 from safemoe_jax.evaluation.prompt_sets import Problem
-from safemoe_jax.evaluation.systems import ATTACKED_SYSTEMS, LEFT_OUT_SYSTEMS, SYSTEMS
+from safemoe_jax.evaluation.systems import (
+    ATTACKED_SYSTEMS,
+    LEFT_OUT_SYSTEMS,
+    SYSTEMS,
+    is_ungated,
+)
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.experiment import Experiment, init_shapes
 from safemoe_jax.inference.sampler import Generation
@@ -118,7 +125,10 @@ def home(tmp_path_factory):
         patch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
         patch.setattr(benchmarks, "gsm8k", lambda: [Problem("One and one?", 2)])
         patch.setattr(benchmarks, "harmless_answers", lambda: [("How are you?", "Well.")])
-        assert evaluate(home, tuple(SYSTEMS)) == 0
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert evaluate(home, tuple(SYSTEMS)) == 0
+        (home / "said").write_text(said.getvalue())
         yield home
 
 
@@ -164,6 +174,21 @@ def test_every_system_is_there_with_a_row_for_each_answer(home):
     parameters = {name: row["trained_parameters"] for name, row in found["systems"].items()}
     assert parameters["base"] == parameters["uniform"] == 0
     assert parameters["safe_lora_wide"] == 4 * parameters["safe_lora"]  # E * R against 1
+
+
+def test_what_is_ungated_is_announced_and_recorded(home):
+    found = results(home)
+    ungated = [name for name in SYSTEMS if is_ungated(name)]
+    assert {name for name, row in found["systems"].items() if row["ungated"]} == set(ungated)
+    announced = f"ungated: {', '.join(ungated)}; answers are in {home / 'run' / 'evaluation'}\n"
+    assert announced in (home / "said").read_text()
+    card = (home / "run" / "bundle" / "README.md").read_text()
+    for name in ("base", "safemoe", *ungated):
+        title = found["systems"][name]["title"]
+        (line,) = re.findall(rf"^\| held_out \| {re.escape(title)}( \(ungated\))? \|", card, re.M)
+        assert (" (ungated)" in title + line) == is_ungated(name)
+    for attack in ("attack_prefix", "attack_two_shot", "leaked bundle, gates trained for harm"):
+        assert re.search(rf"^\| {attack} \| 0.0 % .*\| 0.0 % .*\| \+0.0 \|$", card, re.M)
 
 
 def test_results_hold_no_text(home):

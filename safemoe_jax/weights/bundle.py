@@ -208,7 +208,7 @@ def to_safetensors(tree: Mapping[str, Any]) -> bytes:
 
 
 def non_commercial(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Licences of a bundle's or an export's parts that forbid commercial use, by what they are of."""
+    """What of a bundle or an export forbids commercial use: licences by what they are of."""
     licences = {"the base": manifest["base"]["license"]}
     licences |= {f"corpus {name}": it for name, it in manifest["data_licenses"].items()}
     for name, origin in manifest["provenance"].get("adapters", {}).items():
