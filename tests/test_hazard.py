@@ -113,6 +113,12 @@ def test_gates_are_set_by_hand_only_where_leave_is_asked_or_systems_are_compared
     }
 
 
+def test_expert_weights_are_written_through_the_door_that_encrypts():
+    """Elsewhere files of weights are made by exports alone, which must be open."""
+    writers = {p for p, n in syntax() if isinstance(n, ast.Attribute) and n.attr == "save_file"}
+    assert writers == {"weights/peft.py", "weights/huggingface.py"}
+
+
 def test_no_field_of_a_request_reaches_the_gates():
     common = {"model", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options"}
     common |= {"gates", "max_tokens"}  # gates are a bool: to see them

@@ -98,7 +98,7 @@ def _reliability(results: Mapping[str, Any]) -> list[str]:
         f"{judge['name']}: {key} {text}"
         for judge in judges
         for key, text in readable({k: v for k, v in judge.items() if k in _TRIED}, digits=3)
-        if not key.endswith(("calibration", "table"))
+        if not key.endswith(("calibration", "table")) and text != "None"
     ]
 
 
