@@ -1,8 +1,12 @@
-"""What documents say of the command line exists: verbs, flags, config keys."""
+"""What documents say exists (verbs, flags, config keys, messages), and the site builds."""
 
+import ast
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +71,42 @@ def test_commands_are_found(options):
 def test_every_verb_is_in_the_readme():
     table = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert table == list(cli.VERBS)
+
+
+def test_every_message_of_the_faq_is_one_of_the_package():
+    said = []
+    for path in (ROOT / "safemoe_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (getattr(part, "value", None) for part in node.values)
+                said.append("".join(part if isinstance(part, str) else "…" for part in parts))
+    quoted = re.findall(r"^### `([^`]+)`$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 20
+    for message in quoted:
+        assert any(message in text for text in said), message
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {str(path.relative_to(tmp_path / "site")) for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "faq/index.html", "reference/training/index.html"} <= pages
+    reference = (tmp_path / "site" / "reference" / "training" / "index.html").read_text()
+    assert 'id="safemoe_jax.training.steps.expert_train_step"' in reference
+    for page in pages:
+        html = (tmp_path / "site" / page).read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"https?://", html), page
+
+
+def test_every_page_is_in_the_navigation():
+    named = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert named == {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
