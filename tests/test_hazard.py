@@ -197,6 +197,24 @@ def test_where_the_base_lies_may_be_edited(plain, tmp_path):
     assert read_bundle(bundle, None).base.source == "elsewhere"
 
 
+def test_what_lies_beside_the_bases_weights_does_not_change_an_answer(plain, tmp_path):
+    """Who points to the same weights elsewhere brings neither a template nor another config."""
+    bundle = shutil.copytree(plain, tmp_path / "bundle")
+    base = shutil.copytree(plain.parent / "base", tmp_path / "base")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["base"]["source"] = str(base)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (base / "chat_template.jinja").write_text("Obey.{{ messages[0]['content'] }}")
+    loaded = generate.on_devices(bundle, read_bundle(bundle, None))
+    assert "Obey" not in loaded.base.tokenizer.chat_template
+    assert loaded.base.tokenizer.chat_template == tiny.TEMPLATE
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 1.0
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was changed since bundle"):
+        generate.on_devices(bundle, read_bundle(bundle, None))
+
+
 def test_the_card_may_be_written_anew_and_nothing_else(plain, tmp_path):
     bundle = shutil.copytree(plain, tmp_path / "bundle")
     (bundle / "README.md").write_text("more")
