@@ -20,7 +20,10 @@ _HARMLESS = "over_refusal_rate"
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Args: results.json -> values of the card's template, numbers as text.
+    """What the card's template shows of one run, numbers as text.
+
+    Args:
+      results: the contents of results.json.
 
     Returns:
       {about, columns, safety, attacks, judges, failures, missing}: `safety` are rows {benchmark,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from safemoe_jax.config import Config
 from safemoe_jax.errors import UserError
@@ -25,7 +25,7 @@ from safemoe_jax.weights.artefact import (
     read_manifest,
 )
 from safemoe_jax.weights.base import BaseIdentity
-from safemoe_jax.weights.bundle import check_leaves, expected_leaves
+from safemoe_jax.weights.bundle import check_leaves, expected_leaves, to_safetensors
 from safemoe_jax.weights.peft import Adapter, stack
 
 EXPERTS = Kind("set of imported experts", 2, ("base", "domains", "experts", "adapters"), older=(1,))
@@ -63,8 +63,7 @@ def write_imported(
         "experts": section,
         "adapters": {name: dataclasses.asdict(a.origin) for name, a in adapters.items()},
     }
-    hazardous = {_FILE: safetensors.numpy.save(flatten_dict(experts, sep="/"))}
-    with new_artefact(directory, EXPERTS, contents, hazardous):
+    with new_artefact(directory, EXPERTS, contents, {_FILE: to_safetensors(experts)}):
         pass  # there is no other file
     return {"source": str(directory.absolute()), **section}
 
