@@ -7,6 +7,7 @@ ways.
 
 import ast
 import base64
+import functools
 import json
 import os
 import shutil
@@ -75,11 +76,15 @@ def with_key(monkeypatch):
     monkeypatch.setenv(encryption.KEY_VARIABLE, KEY)
 
 
+@functools.cache
 def syntax():
     """Every node of the package's syntax trees, with its file."""
-    for path in (ROOT / "safemoe_jax").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            yield str(path.relative_to(ROOT / "safemoe_jax")), node
+    package = ROOT / "safemoe_jax"
+    return [
+        (str(path.relative_to(package)), node)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
 
 
 def edited(bundle, to, change):
