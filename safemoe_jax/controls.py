@@ -1,22 +1,19 @@
 """The systems of `evaluation.systems`, made: what one needs besides the bundle is trained once.
 
-Weights of controls lie in controls/, a file each. Experts of a left-out domain are not trained
-again: independence makes the bundle's others what they would be without it.
+Weights of controls lie in controls/, a directory each, checked and encrypted as bundles are.
+Experts of a left-out domain are not trained again: independence makes the bundle's others what they
+would be without it.
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from safemoe_jax.data import benign
 from safemoe_jax.data.corpora import Example
@@ -52,6 +49,11 @@ from safemoe_jax.stages import (
     stage_one,
     stage_two,
 )
+from safemoe_jax.weights.artefact import Kind, checked_files, new_artefact, read_manifest
+from safemoe_jax.weights.bundle import to_safetensors
+
+CONTROL = Kind("control's weights", 1, ("identity",))
+_FILE = "weights.safetensors"
 
 # Tokens; what is scored must not be cut where training rows are short. With two answers before it
 # (`attacks.two_shot`) a conversation is longer than any other.
@@ -160,7 +162,7 @@ class Controls:
         if learnt in ("unsafe", "null") and not left_out:
             return self._bundle.router
         name = f"router_without_{left_out}" if left_out else f"router_{learnt}"
-        made_of = {"experts": self._bundle.manifest["files"]["experts.safetensors"]}
+        made_of = {"experts": self._bundle.experts_sha256}
 
         def train() -> Any:
             text = self._harmful() if learnt == "harmful" else safe_text(self._experiment, left_out)
@@ -303,33 +305,27 @@ def _with_experts(model: Transformer, count: int) -> Transformer:
 def _once(
     experiment: Experiment, name: str, made_of: Mapping[str, str], train: Callable[[], Any]
 ) -> Any:
-    """A control's weights on the host, from controls/NAME.safetensors or else trained.
+    """A control's weights on the host, from controls/NAME or else trained.
 
-    Checkpoints go once the weights are there. A file of another base, corpus or bundle is refused.
+    Checkpoints go once the weights are there. What is of another base, corpus or bundle is refused.
     """
-    path = experiment.workdir.controls / f"{name}.safetensors"
+    path = experiment.workdir.controls / name
     identity = {**experiment.identity, **made_of}
     if not path.exists():
         weights = to_host(train())
         if is_first():
-            _save(path, weights, identity)
+            experiment.workdir.controls.mkdir(exist_ok=True, mode=0o700)
+            with new_artefact(
+                path, CONTROL, {"identity": identity}, {_FILE: to_safetensors(weights)}
+            ):
+                pass  # there is no other file
             experiment.workdir.checkpoints(place(name)).parent.rmtree(missing_ok=True)
         experiment.workdir.publish()
-    with safetensors.safe_open(path, "numpy") as file:
-        if (found := json.loads(file.metadata()["identity"])) != identity:
-            raise UserError(
-                f"{path} is of {found}, and this run of {identity}; delete that file, and it is "
-                "trained again"
-            )
-        leaves = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    manifest = read_manifest(path, CONTROL)
+    if (found := manifest["identity"]) != identity:
+        raise UserError(
+            f"{path} is of {found}, and this run of {identity}; delete that directory, and it is "
+            "trained again"
+        )
+    leaves = safetensors.numpy.load(checked_files(path, CONTROL, manifest, [_FILE])[_FILE])
     return unflatten_dict(leaves, sep="/")
-
-
-def _save(path: Path, weights: Any, identity: Mapping[str, str]) -> None:
-    """Writes weights in one step, for their owner's eyes."""
-    leaves = {k: np.ascontiguousarray(v) for k, v in flatten_dict(weights, sep="/").items()}
-    path.parent.mkdir(exist_ok=True, mode=0o700)
-    scratch = path.with_name(f".{path.name}.new")
-    safetensors.numpy.save_file(leaves, scratch, metadata={"identity": json.dumps(identity)})
-    scratch.chmod(0o600)
-    os.replace(scratch, path)

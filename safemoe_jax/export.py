@@ -25,14 +25,14 @@ from safemoe_jax.progress import console
 from safemoe_jax.weights import huggingface
 from safemoe_jax.weights.artefact import MANIFEST, Kind, file_digest, new_artefact, render
 from safemoe_jax.weights.base import load_base
-from safemoe_jax.weights.bundle import Bundle, read_bundle
+from safemoe_jax.weights.bundle import Bundle, non_commercial, read_bundle
 from safemoe_jax.weights.imported import write_imported
 from safemoe_jax.weights.merged import merge
 from safemoe_jax.weights.peft import base_name_of, read_adapter, write_adapter
 
 EXPORT = Kind(
     "export",
-    1,
+    2,
     ("format", "ungated", "statement", "bundle", "base", "provenance", "data_licenses", "details"),
 )
 _ADAPTER = (
@@ -59,7 +59,7 @@ def export_peft(directory: Path, out: Path, *, allow_ungated: bool) -> None:
       UserError: on a bundle that is refused, without leave, or where `out` is something else.
     """
     bundle = read_bundle(directory, None)
-    _permit("each expert alone, as a PEFT adapter", allow_ungated)
+    _permit("each expert alone, as a PEFT adapter", bundle, allow_ungated)
     domains, base = bundle.config.data.domains, bundle.base
     for domain in domains:
         if Path(domain).name != domain or domain in (MANIFEST, "README.md"):
@@ -107,7 +107,7 @@ def export_merged(
     domains = bundle.config.data.domains
     given_E = _given_gates(gates, domains)
     conversations = read_prompts(prompts)
-    _permit("static gates in the base's weights", allow_ungated)
+    _permit("static gates in the base's weights", bundle, allow_ungated)
     loaded = on_devices(directory, bundle)
     chat = ChatFormat(loaded.base.tokenizer)
     gated = Mixture(loaded.model, loaded.variables, Routed())
@@ -188,13 +188,14 @@ def import_adapters(adapters: Sequence[tuple[str, Path]], base: str, out: Path) 
     console.out("\n".join(said), highlight=False)
 
 
-def _permit(what: str, allow_ungated: bool) -> None:
+def _permit(what: str, bundle: Bundle, allow_ungated: bool) -> None:
     if not allow_ungated:
         raise UserError(
             f"an export is ungated ({what}): experts that were trained to be harmful leave their "
             "router behind; add --allow-ungated if that is what you want"
         )
-    console.print(f"[bold red]ungated[/]: {what}", markup=True)
+    open_now = ", and no longer encrypted" if bundle.manifest["encryption"] else ""
+    console.print(f"[bold red]ungated[/]: {what}{open_now}", markup=True)
 
 
 def _given_gates(texts: Sequence[str], domains: Sequence[str]) -> np.ndarray | None:
@@ -264,6 +265,7 @@ def _contents(
 def _write_card(
     directory: Path, contents: dict[str, Any], title: str, text: str, notes: Sequence[str]
 ) -> None:
-    values = {key: contents[key] for key in ("base", "bundle", "statement")}
+    values = {key: contents[key] for key in ("base", "bundle", "statement", "data_licenses")}
+    values["non_commercial"] = non_commercial(contents)
     card = render("export_card.jinja", title=title, text=text, notes=notes, **values)
     (directory / "README.md").write_text(card, encoding="utf-8")

@@ -24,6 +24,7 @@ from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console
 from safemoe_jax.weights.base import BaseModel, load_base
 from safemoe_jax.weights.bundle import Bundle, read_bundle
+from safemoe_jax.weights.huggingface import read_tokenizer
 
 _BATCH_SIZE = 16
 
@@ -101,11 +102,20 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> Non
 def on_devices(directory: Path, bundle: Bundle) -> Loaded:
     """Puts a bundle and its base where they run.
 
+    Of the base only the weights are used: their sha256 says nothing of the config and the template
+    that lie beside them, so shape and tokenizer are the bundle's own.
+
     Raises:
       UserError: where the base that is there is not the bundle's.
     """
     base = load_base(bundle.base.source, bundle.config.model.param_dtype)
     bundle = read_bundle(directory, base.identity)
+    if base.spec != bundle.spec:
+        raise UserError(
+            f"the config of base {bundle.base.source} was changed since bundle {directory} was "
+            "made; bring back the one that it was trained on"
+        )
+    base = dataclasses.replace(base, tokenizer=read_tokenizer(directory))
     model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
     where = shardings(mesh, boxed_shapes(model))
     trained = {"experts": bundle.experts, "router": bundle.router}

@@ -21,6 +21,7 @@ from safemoe_jax.data.corpora import load_judge_rows
 from safemoe_jax.evaluation import benchmarks, ledger, metrics, panel
 from safemoe_jax.evaluation.attacks import ATTACKS
 from safemoe_jax.evaluation.benchmarks import Prompt
+from safemoe_jax.evaluation.card import measured
 from safemoe_jax.evaluation.endpoint import Endpoint, EndpointJudge, parse_endpoints
 from safemoe_jax.evaluation.evaluate import (
     Asking,
@@ -43,6 +44,7 @@ from safemoe_jax.evaluation.systems import (
     LEFT_OUT_SYSTEMS,
     SYSTEMS,
     check_names,
+    is_ungated,
     role,
 )
 from safemoe_jax.evaluation.terminal import terminal_table
@@ -55,7 +57,7 @@ from safemoe_jax.progress import console
 from safemoe_jax.stages import own_bundle, safe_text, train_router
 from safemoe_jax.weights.artefact import MANIFEST, file_digest
 from safemoe_jax.weights.base import fetch_base
-from safemoe_jax.weights.bundle import Bundle
+from safemoe_jax.weights.bundle import Bundle, write_card
 from safemoe_jax.workdir import own_commit, write_json
 
 
@@ -103,9 +105,12 @@ def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
     if not experiment.workdir.bundle.exists():
         train_router(experiment)
     bundle = own_bundle(experiment)  # checked, before what it was made of goes
-    if not keep_experts and is_first():
-        for stage in ("experts", "router"):
-            experiment.workdir.checkpoints(stage).parent.rmtree(missing_ok=True)
+    for stage in ("experts", "router") if is_first() else ():
+        kept = experiment.workdir.checkpoints(stage).parent
+        if not keep_experts:
+            kept.rmtree(missing_ok=True)
+        elif kept.exists():
+            console.print(f"[bold red]ungated[/]: checkpoints are kept, unencrypted, in {kept}")
     return bundle
 
 
@@ -141,6 +146,7 @@ def _hear(
         labelled = experiment.corpus.select(splits={"test"}) if endpoints else []
         results["panel"] = panel.hear(endpoints, labelled, seed, directory)
         write_json(directory / "results.json", results)
+    write_card(experiment.workdir.bundle, measured(results))
     console.print(terminal_table(results))
     if panel.comparisons(results):
         console.print(panel.terminal_table(results))
@@ -168,6 +174,8 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
     for endpoint in endpoints if is_first() else ():
         EndpointJudge(endpoint, directory).check()  # now, not after hours of generating
     times = _count(experiment, key, sets)
+    if ungated := [name for name in config.evaluation.systems if is_ungated(name)]:
+        console.print(f"[bold red]ungated[/]: {', '.join(ungated)}; answers are in {directory}")
     controls, judge_rows = Controls(experiment), load_judge_rows(experiment.corpus)
     prompts, facts = _prompts(experiment, sets, [row.prompt for row in judge_rows])
     asking = Asking(
@@ -203,6 +211,7 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
             name: {
                 "title": SYSTEMS[name].title,
                 "role": role(name),
+                "ungated": is_ungated(name),
                 "trained_parameters": controls.trained_parameters(name),
             }
             for name in config.evaluation.systems

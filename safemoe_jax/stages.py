@@ -26,6 +26,7 @@ from safemoe_jax.training.state import Best, TrainState, make_optimizer
 from safemoe_jax.training.steps import expert_train_step, gate_train_step
 from safemoe_jax.training.validation import expert_validation, gate_validation
 from safemoe_jax.weights.bundle import Bundle, read_bundle, write_bundle
+from safemoe_jax.weights.encryption import key_from_environment
 
 OWN = ("experts", "router")  # the stages that make the bundle
 
@@ -49,6 +50,7 @@ def train_experts(experiment: Experiment) -> Any:
 
 def train_router(experiment: Experiment) -> None:
     """Trains the router over the finished experts, and writes both as the bundle."""
+    key_from_environment()  # a mistake in it need not wait for the training
     experts = train_experts(experiment)
     imported = experiment.imported
     best = stage_two(

@@ -110,7 +110,7 @@ def write_runs(
             "demonstration": demonstration,
             "provenance": {
                 "evaluation": f"made up {seed}", "split": "test", "base": "0" * 64,
-                "corpus": "made up",
+                "corpus": "made up", "commit": "made up",
             },
             "test_evaluations": {
                 "counts": {"held_out": 2 + seed, "errands": 1 + seed}, "entries": 2 + seed,

@@ -1,14 +1,16 @@
 """Every system of the table on a tiny base: what is trained for it, once, and on what."""
 
+import contextlib
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny
 from toys import leaves_equal
 
@@ -18,13 +20,19 @@ from safemoe_jax.controls import Controls, expert_text
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks
 from safemoe_jax.evaluation.prompt_sets import Problem
-from safemoe_jax.evaluation.systems import ATTACKED_SYSTEMS, LEFT_OUT_SYSTEMS, SYSTEMS
+from safemoe_jax.evaluation.systems import (
+    ATTACKED_SYSTEMS,
+    LEFT_OUT_SYSTEMS,
+    SYSTEMS,
+    is_ungated,
+)
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.experiment import Experiment, init_shapes
 from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.training.state import init_expert_state, init_router_state
+from safemoe_jax.weights.artefact import new_artefact
 from safemoe_jax.workdir import Workdir
 
 OPTIONS = ["--config.evaluation.left_out=('cats',)", "--config.evaluation.utility=True"]
@@ -117,7 +125,10 @@ def home(tmp_path_factory):
         patch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
         patch.setattr(benchmarks, "gsm8k", lambda: [Problem("One and one?", 2)])
         patch.setattr(benchmarks, "harmless_answers", lambda: [("How are you?", "Well.")])
-        assert evaluate(home, tuple(SYSTEMS)) == 0
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert evaluate(home, tuple(SYSTEMS)) == 0
+        (home / "said").write_text(said.getvalue())
         yield home
 
 
@@ -165,6 +176,21 @@ def test_every_system_is_there_with_a_row_for_each_answer(home):
     assert parameters["safe_lora_wide"] == 4 * parameters["safe_lora"]  # E * R against 1
 
 
+def test_what_is_ungated_is_announced_and_recorded(home):
+    found = results(home)
+    ungated = [name for name in SYSTEMS if is_ungated(name)]
+    assert {name for name, row in found["systems"].items() if row["ungated"]} == set(ungated)
+    announced = f"ungated: {', '.join(ungated)}; answers are in {home / 'run' / 'evaluation'}\n"
+    assert announced in (home / "said").read_text()
+    card = (home / "run" / "bundle" / "README.md").read_text()
+    for name in ("base", "safemoe", *ungated):
+        title = found["systems"][name]["title"]
+        (line,) = re.findall(rf"^\| held_out \| {re.escape(title)}( \(ungated\))? \|", card, re.M)
+        assert (" (ungated)" in title + line) == is_ungated(name)
+    for attack in ("attack_prefix", "attack_two_shot", "leaked bundle, gates trained for harm"):
+        assert re.search(rf"^\| {attack} \| 0.0 % .*\| 0.0 % .*\| \+0.0 \|$", card, re.M)
+
+
 def test_results_hold_no_text(home):
     text = (home / "run" / "evaluation" / "results.json").read_text()
     for row in (json.loads(line) for line in (home / "corpus.jsonl").read_text().splitlines()):
@@ -191,8 +217,11 @@ def test_the_contract_is_what_is_written(home):
 def test_each_part_is_trained_once_and_kept_as_weights_alone(home, capsys):
     assert TRAINER.stages.keys() == TRAINED
     left = {path.name for path in (home / "run" / "controls").iterdir()}
-    assert left == {f"{name}.safetensors" for name in TRAINED - {"experts", "router"}}
-    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (home / "run" / "controls").iterdir())
+    assert left == TRAINED - {"experts", "router"}
+    for path in (home / "run" / "controls").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o700
+        files = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+        assert files == {"manifest.json": 0o600, "weights.safetensors": 0o600}
     assert not [p for p in (home / "run").rglob("checkpoints") if any(p.iterdir())]
 
     # Another choice of systems: nothing is trained, made or answered again.
@@ -271,15 +300,16 @@ def test_left_out_experts_are_the_bundles_own(home, experiment):
 
 
 def test_what_weights_are_of_is_checked(home, experiment):
-    path = home / "run" / "controls" / "safe_lora.safetensors"
-    kept = path.read_bytes()
-    tensors = safetensors.numpy.load(kept)
-    safetensors.numpy.save_file(tensors, path, metadata={"identity": json.dumps({"base": "x"})})
+    path = home / "run" / "controls" / "safe_lora"
+    kept = shutil.copytree(path, home / "kept")
     try:
-        with pytest.raises(UserError, match=r"safe_lora.safetensors is of .*delete that file"):
+        with new_artefact(path, controls.CONTROL, {"identity": {"base": "x"}}):
+            pass
+        with pytest.raises(UserError, match=r"safe_lora is of .*delete that directory"):
             Controls(experiment).system("safe_lora")
     finally:
-        path.write_bytes(kept)
+        shutil.rmtree(path)
+        kept.rename(path)
 
 
 def test_the_systems_differ_as_they_should(home, experiment, monkeypatch):

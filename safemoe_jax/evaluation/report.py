@@ -111,12 +111,12 @@ def html(summary: Row) -> str:
             },
             limit=_limit(summary),
             counts=views.test_counts(summary),
-            readable=_readable,
+            readable=readable,
             signed=signed,
             flat=lambda values: list(_flatten(values)),
             reliability=[
                 (key, text)
-                for key, text in _readable(summary["judges"]["reliability"], digits=3)
+                for key, text in readable(summary["judges"]["reliability"], digits=3)
                 if not key.endswith("calibration")  # that is a plot
             ],
             answer_characters=ANSWER_CHARACTERS,
@@ -196,7 +196,7 @@ def _flatten(values: Any, path: str = "", digits: int = 6) -> Iterable[tuple[str
         yield path, str(values)
 
 
-def _readable(values: Row, digits: int = 6) -> list[tuple[str, str]]:
+def readable(values: Row, digits: int = 6) -> list[tuple[str, str]]:
     """`_flatten` for those who did not write the keys: spaces, and digits in groups of three."""
     return [
         (key.replace("_", " ").replace(".", ", "), f"{int(text):,}" if text.isdigit() else text)

@@ -133,6 +133,15 @@ def role(name: str) -> Literal["base", "ours", "control", "thesis", "hazard"]:
     return "control"
 
 
+def is_ungated(name: str) -> bool:
+    """Whether experts of harmful text speak in it by other gates than a router's that learnt to
+    answer safely."""
+    recipe = SYSTEMS[name]
+    if not isinstance(recipe, Mixture) or recipe.experts not in ("unsafe", "permuted"):
+        return False
+    return recipe.gates != "trained"
+
+
 def matched_random(tree: Any, seed: int) -> Any:
     """Random router or experts: normal weights, each matrix and bias with its trained one's norm.
 
