@@ -10,11 +10,8 @@ from safemoe_jax.config import ExpertsConfig, MeshConfig
 from safemoe_jax.inference import engine as engine_module
 from safemoe_jax.inference.engine import Engine, Request, rows_together
 from safemoe_jax.model.lora import Routed
-<<<<<<< HEAD
 from safemoe_jax.model.precision import bits
-=======
 from safemoe_jax.parallel.mesh import make_mesh
->>>>>>> plan2
 
 MODEL = toy_model(experts=ExpertsConfig(("q", "down"), rank=2, alpha=3.0))
 VARIABLES = toy_variables(MODEL)
