@@ -32,7 +32,7 @@ VERBS = {
     "generate": "answer prompts with a bundle",
     "chat": "talk with a bundle in the terminal, its gates in view",
     "serve": "an OpenAI-compatible server for a bundle, on this machine unless told otherwise",
-    "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
+    "export": "write a bundle for PEFT, merged into the base (both ungated), or gated for torch",
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
 
@@ -249,15 +249,16 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.usage = (
-        "safemoe export --bundle DIR --format peft|merged --out DIR --allow-ungated "
+        "safemoe export --bundle DIR --format peft|merged|transformers --out DIR --allow-ungated "
         "[--gates mean|DOMAIN=NUMBER ... --prompts FILE]"
     )
     sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
     sub.add_argument(
         "--format",
-        choices=("peft", "merged"),
+        choices=("peft", "merged", "transformers"),
         required=True,
-        help="peft: an adapter for each expert; merged: a model with static gates",
+        help="peft: an adapter for each expert; merged: a model with static gates; transformers: "
+        "base, experts, router, and a torch module that runs them",
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     sub.add_argument(
@@ -276,7 +277,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-ungated",
         action="store_true",
-        help="permit what leaves the router behind; experts were trained to be harmful",
+        help="permit experts to leave this package; they were trained to be harmful",
     )
 
 
@@ -519,7 +520,7 @@ def _serve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from safemoe_jax.errors import UserError
-    from safemoe_jax.export import export_merged, export_peft
+    from safemoe_jax.export import export_merged, export_peft, export_transformers
 
     _refuse_rest("export", rest)
     given = bool(arguments.gates), arguments.prompts is not None
@@ -529,16 +530,14 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             "--gates mean or DOMAIN=NUMBER ..., and --prompts FILE"
         )
     common = {"allow_ungated": arguments.allow_ungated}
-    if arguments.format == "peft":
-        export_peft(arguments.bundle, arguments.out, **common)
-    else:
-        export_merged(
-            arguments.bundle,
-            arguments.out,
-            gates=arguments.gates,
-            prompts=arguments.prompts,
-            **common,
-        )
+    if arguments.format == "merged":
+        common |= {"gates": arguments.gates, "prompts": arguments.prompts}
+    export = {
+        "peft": export_peft,
+        "merged": export_merged,
+        "transformers": export_transformers,
+    }[arguments.format]
+    export(arguments.bundle, arguments.out, **common)
 
 
 def _import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
