@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from safemoe_jax.errors import UserError
+    from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
     from safemoe_jax.training.loop import Diverged
@@ -63,7 +65,7 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             return 0
         if arguments.verb == "report" and arguments.config is None:
             return _report(arguments, rest)  # it needs no device, and no other host
-        _set_up_jax()
+        set_up_jax()
         others = {
             "generate": _generate,
             "chat": _chat,
@@ -294,21 +296,6 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
         "--base", default="", metavar="SOURCE", help="their base; default: what they name"
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-
-
-def _set_up_jax() -> None:
-    """Joins the run's other hosts, if there are any; compiled programs are kept between runs."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import jax
-
-    from safemoe_jax.fetch import cache_dir
-    from safemoe_jax.parallel.hosts import connect, has_tpu, use_compiler_alone
-
-    if not has_tpu():
-        use_compiler_alone()  # where libtpu is installed for `plan`
-    connect()
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
