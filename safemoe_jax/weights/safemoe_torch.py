@@ -18,8 +18,8 @@ code than this file runs beside torch, transformers and safetensors; needs Pytho
 The model is the class of `transformers`, with hooks that run the router behind each layer's first
 norm and add the experts to the projections. There is no switch that turns the router off.
 
-The prompt is what is read while the cache is empty. A router of granularity "sequence" pools over
-it and then stays as it is; it must be read in one pass.
+The prompt is what is read while the cache is empty; without a cache, all that is read. A router of
+granularity "sequence" pools over it and then stays as it is: it must be read in one pass.
 
 Shape letters: B batch, T tokens, D input width, O output width, E experts, R rank, L layers, S
 router slots (E, or E + 1 where one of them selects no expert).
