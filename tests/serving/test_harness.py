@@ -1,9 +1,11 @@
 """What lm-eval makes of a bundle, beside what its own model `hf` makes of the same weights."""
 
+import functools
 import importlib.metadata
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -13,6 +15,8 @@ from safemoe_jax import cli
 from safemoe_jax.config import freeze
 from safemoe_jax.errors import UserError
 from safemoe_jax.export import export_transformers
+from safemoe_jax.inference.engine import decode_step, prefill
+from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.artefact import file_digest
 from safemoe_jax.weights.base import load_base
@@ -36,7 +40,8 @@ MAX_LENGTH = 24
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """base/, bundle/ with drawn experts and router, and torch/, its export."""
+    """base/, bundle/ with drawn experts and router, torch/, its export, and pooling/, a bundle of
+    the same whose router pools over the prompt."""
     home = tmp_path_factory.mktemp("harness")
     tiny.write_base(home / "base")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
@@ -44,8 +49,10 @@ def home(tmp_path_factory):
     base = load_base(config.model.source, config.model.param_dtype)
     drawn = toy_variables(Transformer.from_config(config, base.spec))
     trained = {name: drawn[name] for name in ("experts", "router")}
-    provenance = {"corpus": "none"}
-    write_bundle(home / "bundle", base=base, config=config, **trained, provenance=provenance)
+    pooling = freeze(cli._read_config(home / "tiny.py", ["--config.router.granularity=sequence"]))
+    common = {"base": base, "provenance": {"corpus": "none"}, **trained}
+    write_bundle(home / "bundle", config=config, **common)
+    write_bundle(home / "pooling", config=pooling, **common)
     export_transformers(home / "bundle", home / "torch", allow_ungated=True)
     return home
 
@@ -127,6 +134,25 @@ def test_an_answer_ends_before_its_first_stop_string(models):
         said(ours, top_k=3)
     with pytest.raises(UserError, match="max_gen_toks is 24; with max_length 24 it must be 1 to 2"):
         said(ours, max_gen_toks=24)
+
+
+def test_a_context_is_the_prompt_over_which_a_router_pools(home):
+    ours = harness.SafeMoELM(str(home / "pooling"))
+    text = ("Cats like", " to sleep.")
+    ((score, _),) = ours.loglikelihood([Instance("loglikelihood", {}, text, 0)], disable_tqdm=True)
+
+    model, variables = ours._loaded.model, ours._loaded.variables
+    context, continuation = (np.array(ours.tok_encode(part))[None] for part in text)
+    cache = model.empty_cache(1, context.size + continuation.size)
+    length_B = np.array([context.size])
+    read = jax.jit(functools.partial(prefill, model, routing=Routed()))
+    say = jax.jit(functools.partial(decode_step, model, routing=Routed()))
+    cache, logits_BV = read(variables, tokens_BT=context, length_B=length_B, cache=cache)
+    expected = 0.0
+    for token in continuation[0]:
+        expected += float(jax.nn.log_softmax(logits_BV)[0, token])
+        cache, logits_BV, _ = say(variables, token_B=token[None], cache=cache)
+    assert score == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
