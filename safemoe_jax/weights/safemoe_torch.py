@@ -142,7 +142,7 @@ class SafeMoE(nn.Module):
 
 def _cache_of(mapping):
     """transformers 5.24 calls `cache` what was `past_key_values`."""
-    return mapping.get("cache", mapping.get("past_key_values"))
+    return mapping.get("cache" if "cache" in mapping else "past_key_values")
 
 
 class Experts(nn.Module):
