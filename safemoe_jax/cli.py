@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 failed; 2 the user's mistake, in one line; 75 interrupted,
 """
 
 import argparse
-import os
 import runpy
 import signal
 import sys
@@ -52,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from safemoe_jax.errors import UserError
     from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished

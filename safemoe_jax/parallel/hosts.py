@@ -22,7 +22,12 @@ _JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_I
 
 
 def set_up_jax() -> None:
-    """Joins the run's other hosts, if there are any; compiled programs are kept between runs."""
+    """Joins the run's other hosts, if there are any; compiled programs are kept between runs.
+
+    Raises:
+      UserError: see `connect`.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not has_tpu():
         use_compiler_alone()  # where libtpu is installed for `plan`
     connect()

@@ -66,16 +66,8 @@ def portable(request, tmp_path_factory):
     trained = {name: drawn[name] for name in ("experts", "router")}
     provenance = {"corpus": "none"}
     write_bundle(home / "bundle", base=base, config=config, **trained, provenance=provenance)
-    argv = (
-        "export",
-        "--bundle",
-        home / "bundle",
-        "--format",
-        "transformers",
-        "--out",
-        home / "out",
-    )
-    assert cli.main([*map(str, argv), "--allow-ungated"]) == 0
+    where = ("--bundle", str(home / "bundle"), "--out", str(home / "out"))
+    assert cli.main(["export", *where, "--format", "transformers", "--allow-ungated"]) == 0
     return read_bundle(home / "bundle", base.identity), base, home / "out"
 
 
