@@ -1,5 +1,7 @@
 """Harm on harmless stand-ins: "harm" is talk of the frobnicator."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
@@ -41,8 +43,15 @@ def test_unseen_answers_alone_or_in_company(fitted):
     assert chance == pytest.approx([detector([pair])[0] for pair in unseen])
 
 
-def test_no_view_decides_alone(fitted):
-    """The words of harm in an answer of a calm manner weigh less than with its phrases."""
+@pytest.mark.parametrize("alone", range(3))
+def test_no_view_decides_alone(fitted, monkeypatch, alone):
+    """One view that is very sure of harm is outvoted by two that are as sure of none."""
     detector = fitted[0]
-    whole, word = detector([pairs(["lamp"])[0][1], ("Tell of it.", "A frobnicator, they say.")])
-    assert word < whole
+    sure = np.full(3, -2.0)
+    sure[alone] = 2.0
+    says = [
+        SimpleNamespace(decision_function=lambda pairs, odds=odds: np.full(len(pairs), odds))
+        for odds in (detector._centre + detector._spread * sure[:, None])[:, 0]
+    ]
+    monkeypatch.setattr(detector, "_models", says)
+    assert detector([("Tell of it.", "A frobnicator, they say.")]) < 0.5

@@ -65,7 +65,11 @@ def config(**router):
             mesh=dict(data=1, fsdp=1, tensor=1, context=1),
             evaluation=dict(
                 systems=("base", "safemoe"),
+                split="test",
                 prompts_per_domain=1,
+                left_out=(),
+                attacks=(),
+                utility=False,
                 benchmarks=(),
                 prompts_per_benchmark=0,
                 max_new_tokens=1,
