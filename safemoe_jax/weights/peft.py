@@ -126,17 +126,10 @@ def write_adapter(
       spec: of the base.
       base_name: what the base is called.
     """
-    leaves, tensors = flatten_dict(experts, sep="/"), {}
-    carried = {
-        module: [target for target in targets if target in config.targets]
-        for module, targets in modules(spec).items()
-    }
-    carried = {module: targets for module, targets in carried.items() if targets}
-    for module, targets in carried.items():
-        for layer in range(spec.num_layers):
-            a_RD, b_OR = _joined(leaves, targets, modules(spec)[module], layer, index, spec)
-            tensors[_TENSOR.format(module.format(layer), "A")] = a_RD
-            tensors[_TENSOR.format(module.format(layer), "B")] = b_OR
+    carried, tensors = carriers(config, spec), {}
+    for module, (a_RD, b_OR) in projections(experts, index, config, spec).items():
+        tensors[_TENSOR.format(module, "A")] = a_RD
+        tensors[_TENSOR.format(module, "B")] = b_OR
     safetensors.numpy.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     alpha = int(config.alpha) if config.alpha.is_integer() else config.alpha  # PEFT's type is int
     values = {
@@ -165,6 +158,28 @@ def write_adapter(
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def carriers(config: ExpertsConfig, spec: ModelSpec) -> dict[str, list[str]]:
+    """Of the modules those that carry experts, and which of their targets do; see `modules`."""
+    carried = {
+        module: [target for target in targets if target in config.targets]
+        for module, targets in modules(spec).items()
+    }
+    return {module: targets for module, targets in carried.items() if targets}
+
+
+def projections(
+    experts: dict[str, Any], index: int, config: ExpertsConfig, spec: ModelSpec
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """One expert's A [R, D] and B [O, R] of every module that carries it, by the module's name in
+    `transformers`."""
+    leaves = flatten_dict(experts, sep="/")
+    return {
+        module.format(layer): _joined(leaves, targets, modules(spec)[module], layer, index, spec)
+        for module, targets in carriers(config, spec).items()
+        for layer in range(spec.num_layers)
+    }
 
 
 def _joined(

@@ -142,7 +142,6 @@ def test_one_program_decodes_and_two_a_length_read_prompts():
     assert engine_module._read_prompts._cache_size() <= 2
 
 
-<<<<<<< HEAD
 def test_a_step_in_bfloat16_widens_no_stack_of_weights_or_cache():
     """As bits they are sliced as they are; the values are the same."""
     model = toy_model(param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
@@ -164,7 +163,8 @@ def test_a_step_in_bfloat16_widens_no_stack_of_weights_or_cache():
         return [tokens(events) for events in found.values()]
 
     assert tokens_of(packed) == tokens_of(variables)
-=======
+
+
 def test_no_device_idles_while_others_read():
     """A TPU reads 16,384 tokens at once; rows are as many as devices, or a multiple, up to all."""
     assert rows_together(2048, 64, "tpu") == 8
@@ -174,4 +174,3 @@ def test_no_device_idles_while_others_read():
         assert rows_together(1536, 64, "tpu") == 16  # ten would not go into eight
         assert rows_together(40_000, 64, "tpu") == 8
         assert rows_together(64, 24, "tpu") == 24
->>>>>>> plan2
