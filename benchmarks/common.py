@@ -36,16 +36,16 @@ REQUIREMENTS = (
 Result = dict[str, Any]
 
 
-def peer_python(name: str, *requirements: str) -> Path:
+def peer_python(name: str, *requirements: str, shared: Sequence[str] = REQUIREMENTS) -> Path:
     """The interpreter of a venv that holds torch and `requirements`; made at the first call."""
     directory = cache_dir() / "benchmarks" / name
     python, stamp = directory / "bin" / "python", directory / "installed"
-    wanted = "\n".join((*REQUIREMENTS, *requirements))
+    wanted = "\n".join((*shared, *requirements))
     if not stamp.exists() or stamp.read_text() != wanted:
         rich.print(f"installing {name}: {', '.join(requirements) or 'transformers'}")
         venv.create(directory, clear=True, with_pip=True)
         subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", *REQUIREMENTS, *requirements], check=True
+            [python, "-m", "pip", "install", "--quiet", *shared, *requirements], check=True
         )
         stamp.write_text(wanted)
     return python

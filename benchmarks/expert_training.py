@@ -3,9 +3,8 @@
     python benchmarks/expert_training.py [--rounds N]
 
 Against PEFT's LoRA, both in float32 and bfloat16: tokens per second and peak memory. Our base stays
-in float32; what is computed is in the type named. Rows are full, so
-nobody gains by packing. Two losses: on every token, and on answers only, which is what stage one
-trains.
+in float32; what is computed is in the type named. Rows are full, so nobody gains by packing. Two
+losses: on every token, and on answers only, which is what stage one trains.
 """
 
 import functools
@@ -54,7 +53,7 @@ def main() -> None:
                 },
                 rounds,
             )
-            best = {
+            fastest = {
                 key: median(results["ours, bfloat16"], key)
                 for key in ("tokens_per_second", "peak_bytes")
             }
@@ -66,9 +65,9 @@ def main() -> None:
                         loss,
                         name,
                         f"{speed:.0f}",
-                        f"{best['tokens_per_second'] / speed:.2f}",
+                        f"{fastest['tokens_per_second'] / speed:.2f}",
                         gib,
-                        f"{best['peak_bytes'] / peak:.2f}",
+                        f"{fastest['peak_bytes'] / peak:.2f}",
                     )
                 )
     columns = (

@@ -40,12 +40,12 @@ def step_seconds(stage: str, *, experts=EXPERTS, rank=RANK, length=LENGTH, rows=
     of = config(data__domains=names, experts__rank=rank, experts__alpha=2.0 * rank)
     with tempfile.TemporaryDirectory() as directory:
         run = experiment(of, directory)
+        params = run.base.params
         run.base = dataclasses.replace(
-            run.base,
-            spec=dataclasses.replace(run.base.spec, num_layers=LAYERS),
-            params=run.base.params
-            | {"layers": jax.tree.map(lambda x: x[:LAYERS], run.base.params["layers"])},
+            run.base, spec=dataclasses.replace(run.base.spec, num_layers=LAYERS)
         )
+        cut = {"layers": jax.tree.map(lambda x: x[:LAYERS], params["layers"])}
+        run.params = run.placed("params", params | cut)
         training = Training(run.model, of, stage, run.params)
         batch = empty_tokens((rows, length))
         batch["tokens_BT"][:] = np.random.default_rng(0).integers(100, 40_000, (rows, length))

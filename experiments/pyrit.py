@@ -75,7 +75,11 @@ def get_config() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.systems = ("base", "safemoe", "uniform", "safe_lora")
+    config.evaluation.split = "test"
     config.evaluation.prompts_per_domain = 0
+    config.evaluation.left_out = ()
+    config.evaluation.attacks = ()
+    config.evaluation.utility = False
     config.evaluation.benchmarks = ()
     config.evaluation.prompts_per_benchmark = 0
     config.evaluation.max_new_tokens = 128

@@ -3,8 +3,8 @@
 #
 #   launch/test.sh [--parity] [PYTEST_OPTION...]
 #
-# --parity, or EXTRAS=parity, also installs torch (CPU): the model's numbers are then compared with
-# those of transformers itself instead of with the golden ones in tests/golden.
+# --parity, or EXTRAS=parity, also installs torch (CPU) and lm-eval: numbers are then compared with
+# those of transformers itself, and not only with the golden ones in tests/golden.
 set -Eeuo pipefail
 
 if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then

@@ -23,6 +23,8 @@
 # --max-preemptions=N      how often the slice may be taken away or the job be interrupted (20)
 # --max-failures=N         how often anything else may fail (3)
 # --env-file=FILE          KEY=VALUE lines, of mode 600, for the job's environment: secrets
+# --plan                   before a slice is asked for, `safemoe plan` must find that the job fits;
+#                          minutes on this machine, with .venv or $PYTHON (Linux)
 # --keep                   the slice outlives the run
 # --allow-dirty            ships tracked files with their uncommitted changes
 # --dry-run                prints each command that a run without trouble takes, and does nothing
@@ -47,7 +49,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 source "$(dirname -- "${BASH_SOURCE[0]}")/_job.sh"
 
 VERB="" NAME="" ZONE="" PROJECT="" ACCELERATOR="" RUNTIME="" CAPACITY=on-demand MODE=qr KEEP=""
-DEVICES="" FAKE_DEVICES=16 NUM_WORKERS=1 CREATE_FLAGS=() SSH_FLAGS=() TRACK=()
+DEVICES="" FAKE_DEVICES=16 NUM_WORKERS=1 PLAN="" CREATE_FLAGS=() SSH_FLAGS=() TRACK=()
 declare -A MOST=([preemptions]=20 [failures]=3) SPENT=([preemptions]=0 [failures]=0)
 # MADE: this call made the slice that is there; FRESH: nothing is on it yet; IS_SET_UP: what this
 # call ships is on it.
@@ -69,6 +71,7 @@ parse() {
       --create=*) CREATE_FLAGS+=("${1#*=}") ;;
       --ssh=*) SSH_FLAGS+=("${1#*=}") ;;
       --alpha) TRACK=(alpha) ;;
+      --plan) PLAN=1 ;;
       --keep) KEEP=1 ;;
       --fake-devices=*) FAKE_DEVICES="${1#*=}" ;;
       --fake-workers=*) NUM_WORKERS="${1#*=}" ;;
@@ -92,6 +95,8 @@ check() {
   done
   STATE="$ROOT/runs/launch/$NAME"
   [[ "$VERB" != run ]] || check_job
+  [[ ! "$PLAN" || "$VERB $MODE" == run\ @(qr|vm) ]] ||
+    die "--plan asks whether a job fits a slice; leave it out of $VERB --mode=$MODE"
   case "$MODE" in
     qr | vm) check_cloud ;;
     local) check_local ;;
@@ -234,9 +239,9 @@ worker_argv() {
   ARGV+=(bash -c "$2")
 }
 
-# An environment that has the package's dependencies: that of $PYTHON, or .venv.
+# local_environment EXTRAS: one that has the package's dependencies, that of $PYTHON or .venv.
 local_environment() {
-  [[ "${PYTHON:-}" || "$DRY_RUN" ]] || install "" >&2
+  [[ "${PYTHON:-}" || "$DRY_RUN" ]] || install "$1" >&2
   dirname "$(dirname "${PYTHON:-$VENV/bin/python}")"
 }
 
@@ -251,6 +256,7 @@ ensure_slice() {
       READY) return 0 ;;
       FOREIGN) refuse_foreign ;;
       ABSENT)
+        [[ ! "$PLAN" ]] || plan
         [[ ! "$MADE" ]] || spend preemptions "$NAME is gone and is made anew"
         slice_create || spend failures "$NAME could not be created"
         ;;
@@ -268,6 +274,20 @@ ensure_slice() {
   done
 }
 
+# Asks for no slice where the TPU's compiler, which needs no TPU, finds that the job does not fit.
+plan() {
+  local index place options=()
+  place="$(local_environment test)" # the extra that brings the compiler
+  for index in "${!JOB[@]}"; do     # of the job's options those that plan has, too
+    case "${JOB[index]}" in
+      --config) options+=(--config "${JOB[index + 1]-}") ;;
+      --config[=.]*) options+=("${JOB[index]}") ;;
+    esac
+  done
+  execute "$place/bin/safemoe" plan --topology "$ACCELERATOR" "${options[@]}" >&2 || exit $?
+  PLAN="" # once is enough
+}
+
 refuse_foreign() {
   KEEP=1
   die "$NAME is there without the label safemoe=$NAME: not this launcher's; give another NAME"
@@ -282,7 +302,7 @@ run() {
   local place
   ENVIRONMENT=(tpu)
   if [[ "$MODE" == local ]]; then
-    place="$(local_environment)"
+    place="$(local_environment "")"
     ENVIRONMENT=(local "$place")
   fi
   pack "$STATE/code.tar.gz"

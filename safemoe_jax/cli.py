@@ -4,13 +4,14 @@ Exit codes: 0 done; 1 failed; 2 the user's mistake, in one line; 75 interrupted,
 """
 
 import argparse
-import os
 import runpy
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from safemoe_jax.serving import verbs
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -23,11 +24,14 @@ VERBS = {
     "train-experts": "stage one: one LoRA expert per harm domain",
     "train-gate": "stage two: the router; writes the bundle",
     "evaluate": "compare the systems on held-out prompts",
-    "report": "write report.html of an evaluated run",
+    "report": "write the report of evaluated runs, or draw it again from its report.json",
     "run": "all of it, from where it was left",
+    "plan": "what an experiment needs on a TPU slice, by the real compiler; needs no TPU",
     "sweep": "run an experiment at many points; resumes, and ends with a table and a plot",
     "generate": "answer prompts with a bundle",
-    "export": "write a bundle's experts for PEFT, or merged into the base; both are ungated",
+    "chat": "talk with a bundle in the terminal, its gates in view",
+    "serve": "an OpenAI-compatible server for a bundle, on this machine unless told otherwise",
+    "export": "write a bundle for PEFT, merged into the base (both ungated), or gated for torch",
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
 
@@ -48,13 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
     from safemoe_jax.errors import UserError
+    from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
     from safemoe_jax.training.loop import Diverged
 
     try:
-        _set_up_jax()
-        others = {"generate": _generate, "export": _export, "import": _import, "sweep": _sweep}
+        if arguments.verb == "plan":
+            _plan(arguments, rest)
+            return 0
+        if arguments.verb == "report" and arguments.config is None:
+            return _report(arguments, rest)  # it needs no device, and no other host
+        set_up_jax()
+        others = {
+            "generate": _generate,
+            "chat": _chat,
+            "serve": _serve,
+            "export": _export,
+            "import": _import,
+            "sweep": _sweep,
+        }
         others.get(arguments.verb, _experiment_verb)(arguments, rest)
     except UserError as error:
         return _say(error, EXIT_USER)
@@ -83,18 +100,24 @@ def _parser() -> argparse.ArgumentParser:
         description="SafeMoE: dynamic safety routing over LoRA experts of unsafe knowledge.",
         allow_abbrev=False,
     )
-    own = {"generate": _add_generate, "export": _add_export, "import": _add_import}
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    own = {
+        "plan": _add_plan,
+        "sweep": _add_sweep,
+        "generate": _add_generate,
+        "chat": verbs.add_chat,
+        "serve": verbs.add_serve,
+        "export": _add_export,
+        "import": _add_import,
+    }
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        sub = parsers.add_parser(verb, help=text, description=text, allow_abbrev=False)
         if verb in own:
             own[verb](sub)
-            continue
-        if verb == "sweep":
-            _add_sweep(sub)
         else:
             sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
-            sub.add_argument("--config", type=Path, required=True, help="experiment file")
+            needed = verb != "report"
+            sub.add_argument("--config", type=Path, required=needed, help="experiment file")
             sub.add_argument(
                 "--workdir",
                 metavar="DIR",
@@ -117,7 +140,27 @@ def _parser() -> argparse.ArgumentParser:
                 help="read a sheet with labels: people are one more judge",
             )
         if verb == "report":
+            sub.usage += (
+                " [--full]\n       safemoe report --runs DIR [DIR ...] [--out DIR] [--full]"
+                "\n       safemoe report --results report.json [--out DIR]"
+            )
             sub.add_argument("--full", action="store_true", help="whole texts, unsafe ones too")
+            sub.add_argument(
+                "--runs",
+                type=Path,
+                nargs="+",
+                metavar="DIR",
+                help="evaluated work directories of one experiment, a seed each: one report of all",
+            )
+            sub.add_argument(
+                "--results",
+                type=Path,
+                metavar="FILE",
+                help="a report.json: its page and table are drawn again",
+            )
+            sub.add_argument(
+                "--out", type=Path, metavar="DIR", help="default: where the numbers are from"
+            )
         if verb in ("train-gate", "run", "sweep"):
             sub.add_argument(
                 "--keep-experts",
@@ -125,6 +168,34 @@ def _parser() -> argparse.ArgumentParser:
                 help="keep the experts' checkpoints once they are in the bundle",
             )
     return parser
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.usage = (
+        "safemoe plan --config FILE --topology CHIP:SHAPE [--config.KEY=VALUE ...] [--search] "
+        "[--json FILE] [--picture FILE]"
+    )
+    sub.epilog = (
+        "Compiles the experiment's own train steps, prefill and decode step for the slice, from "
+        "shapes, and prints what each needs of a device: memory (with 'fits: yes' or 'fits: no'), "
+        "FLOPs, what it sends, and the least seconds that these take. Exit code 0 where all fit, "
+        "2 where one does not. Example: safemoe plan --config experiments/llama31_8b.py "
+        "--topology v5e:4x4 --config.model.remat=dots. How to read it: docs/plans.md."
+    )
+    sub.add_argument("--config", type=Path, required=True, help="experiment file")
+    sub.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="v5e:4x4, v6e:4x4, v5p:4x4x4, tpu7x:2x2x1; or v5litepod-16, v5p-128, v6e-16, v4-32",
+    )
+    sub.add_argument(
+        "--search",
+        action="store_true",
+        help="rank meshes, remat policies and rows by hours; compiles some twenty times",
+    )
+    sub.add_argument("--json", type=Path, metavar="FILE", help="the plan in numbers")
+    sub.add_argument("--picture", type=Path, metavar="FILE", help="the plan as a page, .html")
 
 
 def _add_sweep(sub: argparse.ArgumentParser) -> None:
@@ -156,14 +227,10 @@ def _add_sweep(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
     sub.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be repeated; default: standard input"
     )
-    sub.add_argument("--max-new-tokens", type=int, default=256)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
+    verbs.add_sampling(sub)
     sub.add_argument(
         "--gates", action="store_true", help="print the mean gate per expert and token"
     )
@@ -182,15 +249,16 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.usage = (
-        "safemoe export --bundle DIR --format peft|merged --out DIR --allow-ungated "
+        "safemoe export --bundle DIR --format peft|merged|transformers --out DIR --allow-ungated "
         "[--gates mean|DOMAIN=NUMBER ... --prompts FILE]"
     )
     sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
     sub.add_argument(
         "--format",
-        choices=("peft", "merged"),
+        choices=("peft", "merged", "transformers"),
         required=True,
-        help="peft: an adapter for each expert; merged: a model with static gates",
+        help="peft: an adapter for each expert; merged: a model with static gates; transformers: "
+        "base, experts, router, and a torch module that runs them",
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     sub.add_argument(
@@ -209,7 +277,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-ungated",
         action="store_true",
-        help="permit what leaves the router behind; experts were trained to be harmful",
+        help="permit experts to leave this package; they were trained to be harmful",
     )
 
 
@@ -228,25 +296,15 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
-def _set_up_jax() -> None:
-    """Joins the run's other hosts, if there are any; compiled programs are kept between runs."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import jax
-
-    from safemoe_jax.fetch import cache_dir
-    from safemoe_jax.parallel.hosts import connect
-
-    connect()
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-
-
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from safemoe_jax import run
+    from safemoe_jax import run, stages
     from safemoe_jax.config import freeze
+    from safemoe_jax.errors import UserError
     from safemoe_jax.experiment import Experiment
     from safemoe_jax.workdir import Workdir
 
+    if arguments.verb == "report" and (arguments.runs or arguments.results or arguments.out):
+        raise UserError("--runs, --results and --out need no --config; leave it out")
     config = freeze(_read_config(arguments.config, rest))
     root = arguments.workdir or Path("runs") / arguments.config.stem
     with Workdir(root, config) as workdir:
@@ -254,7 +312,7 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
         verbs: dict[str, Callable[[], object]] = {
             "fetch": lambda: run.fetch(experiment),
             "data": lambda: run.data(experiment, arguments.show),
-            "train-experts": lambda: run.train_experts(experiment),
+            "train-experts": lambda: stages.train_experts(experiment),
             "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
             "evaluate": lambda: run.evaluate(
                 experiment, arguments.import_humans, arguments.export_for_humans
@@ -263,6 +321,40 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
             "run": lambda: run.run(experiment, arguments.keep_experts),
         }
         verbs[arguments.verb]()
+
+
+def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    import jax
+
+    # Compiled for the slice and never run: where there is a TPU, it is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    from safemoe_jax.config import freeze
+    from safemoe_jax.planning import verb
+
+    config = freeze(_read_config(arguments.config, rest))
+    do = verb.search if arguments.search else verb.plan
+    do(config, arguments.topology, arguments.json, arguments.picture)
+
+
+def _report(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """The report of runs that are done, wherever they were made; no experiment file is needed."""
+    from safemoe_jax.errors import UserError
+    from safemoe_jax.evaluation.report import draw, write_report
+
+    _refuse_rest("report", rest)
+    if (arguments.runs is None) == (arguments.results is None) or arguments.workdir:
+        raise UserError(
+            "say what to report: --config FILE (with --workdir DIR), or --runs DIR ..., or "
+            "--results FILE"
+        )
+    if arguments.results is None:
+        page = write_report(arguments.runs, arguments.out, full=arguments.full)
+    elif arguments.full:
+        raise UserError("--full needs the answers; give --runs DIR ... instead of --results")
+    else:
+        page = draw(arguments.results, arguments.out or arguments.results.parent)
+    print(f"report: {page}")
+    return 0
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -401,9 +493,19 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     )
 
 
+def _chat(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse_rest("chat", rest)
+    verbs.chat(arguments)
+
+
+def _serve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse_rest("serve", rest)
+    verbs.serve(arguments)
+
+
 def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from safemoe_jax.errors import UserError
-    from safemoe_jax.export import export_merged, export_peft
+    from safemoe_jax.export import export_merged, export_peft, export_transformers
 
     _refuse_rest("export", rest)
     given = bool(arguments.gates), arguments.prompts is not None
@@ -413,16 +515,14 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             "--gates mean or DOMAIN=NUMBER ..., and --prompts FILE"
         )
     common = {"allow_ungated": arguments.allow_ungated}
-    if arguments.format == "peft":
-        export_peft(arguments.bundle, arguments.out, **common)
-    else:
-        export_merged(
-            arguments.bundle,
-            arguments.out,
-            gates=arguments.gates,
-            prompts=arguments.prompts,
-            **common,
-        )
+    if arguments.format == "merged":
+        common |= {"gates": arguments.gates, "prompts": arguments.prompts}
+    export = {
+        "peft": export_peft,
+        "merged": export_merged,
+        "transformers": export_transformers,
+    }[arguments.format]
+    export(arguments.bundle, arguments.out, **common)
 
 
 def _import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

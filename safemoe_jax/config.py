@@ -156,8 +156,13 @@ class EvaluationConfig:
     """What is generated and how it is judged.
 
     Attributes:
-      systems: systems compared, of "base", "safemoe", "uniform", "safe_lora".
+      systems: systems compared, by their names in `evaluation.systems.SYSTEMS`.
+      split: "test", or "validation" for choices that are still to be made.
       prompts_per_domain: held-out prompts per domain; 0 takes all.
+      left_out: domains that some systems are also trained without, each in turn, and then asked
+        about; (), or any of data.domains.
+      attacks: what is done to base and SafeMoE besides: "prefix", "two_shot" (`attacks`).
+      utility: also measures what is left of general ability: GSM8K, likelihood of benign answers.
       benchmarks: published sets that are asked besides, by name (docs/benchmarks.md), or
         "NAME=PATH" for a local copy.
       prompts_per_benchmark: prompts of each at most; 0 takes all.
@@ -173,7 +178,11 @@ class EvaluationConfig:
     """
 
     systems: tuple[str, ...]
+    split: Literal["test", "validation"]
     prompts_per_domain: int
+    left_out: tuple[str, ...]
+    attacks: tuple[Literal["prefix", "two_shot"], ...]
+    utility: bool
     benchmarks: tuple[str, ...]
     prompts_per_benchmark: int
     max_new_tokens: int
@@ -303,6 +312,19 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.router.top_k is {config.router.top_k}; with {len(domains)} experts it must be "
             f"between 0 (all) and {len(domains)}"
+        )
+    for key in ("systems", "left_out", "attacks"):
+        names = getattr(config.evaluation, key)
+        if len(set(names)) != len(names):
+            raise UserError(f"config.evaluation.{key} is {names}; name each once")
+    left_out = config.evaluation.left_out
+    if unknown := [domain for domain in left_out if domain not in domains]:
+        raise UserError(
+            f"config.evaluation.left_out names {unknown[0]!r}; choose of {', '.join(domains)}"
+        )
+    if left_out and len(domains) < 2:
+        raise UserError(
+            "config.evaluation.left_out leaves no expert; it needs two data.domains or more"
         )
     if config.data.safe_max_score >= config.data.unsafe_min_score:
         raise UserError(

@@ -1,9 +1,10 @@
 """What the verbs share: an experiment's base, data and model, each made when first asked for."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from safemoe_jax.config import Config
+from safemoe_jax.data import rules
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.corpora import Corpus, Example, load_corpus
 from safemoe_jax.data.pipeline import PackedCorpus, pack
@@ -20,7 +22,7 @@ from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import check_divides, make_mesh
-from safemoe_jax.parallel.sharding import shardings
+from safemoe_jax.parallel.sharding import shardings, with_shardings
 from safemoe_jax.remote import local_copy
 from safemoe_jax.training.state import (
     TrainState,
@@ -69,14 +71,19 @@ class Experiment:
         """The base with one expert per domain and the router."""
         return Transformer.from_config(self.config, self.base.spec)
 
-    @cached_property
-    def safe_lora_model(self) -> Transformer:
-        """The control: one LoRA, always on, of the rank whose parameters are as many as the
-        router's (or as near as a whole rank comes, from rank 1 up)."""
-        router = num_params(init_shapes(self.model)["router"])
+    def lora_model(self, size: Literal["router", "experts"]) -> Transformer:
+        """A control: one LoRA, always on, at the experts' scale.
+
+        Args:
+          size: "router" gives it the rank whose parameters are as many as the router's (or as near
+            as a whole rank comes, from rank 1 up), "experts" the rank of all experts together.
+        """
         one = dataclasses.replace(self.config.experts, rank=1, alpha=self.config.experts.scale)
         model = self.model.clone(experts=one, num_experts=1)
-        rank = max(1, round(router / num_params(init_shapes(model)["experts"])))
+        rank = self.model.num_experts * self.config.experts.rank
+        if size == "router":
+            router = num_params(init_shapes(self.model)["router"])
+            rank = max(1, round(router / num_params(init_shapes(model)["experts"])))
         return model.clone(
             experts=dataclasses.replace(one, rank=rank, alpha=rank * self.config.experts.scale)
         )
@@ -84,7 +91,7 @@ class Experiment:
     @cached_property
     def params(self) -> Any:
         """The frozen base on the mesh."""
-        return self.placed("params", self.base.params)
+        return self.base.placed(shardings(self.mesh, boxed_shapes(self.model)["params"]))
 
     @property
     def identity(self) -> dict[str, str]:
@@ -95,20 +102,14 @@ class Experiment:
         self, model: Transformer, collection: str, tx: optax.GradientTransformation
     ) -> TrainState:
         """What trains `experts` or `router`, at its start; it is made where it lives."""
-        begin = {"experts": init_expert_state, "router": init_router_state}[collection]
-
-        def make() -> TrainState:
-            key = jax.random.key(self.config.seed)
-            return begin(nn.unbox(_init(model, key)[collection]), tx)
-
-        placed = state_shardings(
-            self.mesh, boxed_shapes(model)[collection], jax.eval_shape(make), tx
-        )
+        shapes = state_shapes(self.mesh, model, collection, tx)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        make = functools.partial(_start, model, collection, tx, self.config.seed)
         return jax.jit(make, out_shardings=placed)()
 
-    def placed(self, collection: str, tree: Any) -> Any:
-        """A collection of host arrays, on the mesh."""
-        return jax.device_put(tree, shardings(self.mesh, boxed_shapes(self.model)[collection]))
+    def placed(self, model: Transformer, collection: str, tree: Any) -> Any:
+        """A model's collection of host arrays, on the mesh."""
+        return jax.device_put(tree, shardings(self.mesh, boxed_shapes(model)[collection]))
 
     def unsafe(self, split: str) -> list[Example]:
         """What experts learn, by domain."""
@@ -117,6 +118,11 @@ class Experiment:
     def safe_informative(self, split: str) -> list[Example]:
         """What the router learns."""
         return self.corpus.select(label="safe", informative=True, splits={split})
+
+    def refusals(self, split: str) -> list[Example]:
+        """Safe answers that refuse, which the router does not learn."""
+        safe = self.corpus.select(label="safe", splits={split})
+        return [example for example in safe if rules.is_refusal(example.response)]
 
     def packed(self, examples: Sequence[Example], *, by_domain: bool) -> PackedCorpus:
         return pack(
@@ -155,6 +161,7 @@ def check_layout(config: Config, spec: ModelSpec) -> None:
     check_divides(config.mesh, sizes)
 
 
+@cache
 def boxed_shapes(model: Transformer) -> Any:
     """Shapes of all three collections, boxed with their logical names; nothing is computed."""
     return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
@@ -165,8 +172,31 @@ def init_shapes(model: Transformer) -> Any:
     return nn.unbox(boxed_shapes(model))
 
 
+def collection_shapes(mesh: Mesh, model: Transformer) -> dict[str, Any]:
+    """Shapes of all three collections, with where they live."""
+    boxed = boxed_shapes(model)
+    return with_shardings(nn.unbox(boxed), shardings(mesh, boxed))
+
+
+def state_shapes(
+    mesh: Mesh, model: Transformer, collection: str, tx: optax.GradientTransformation
+) -> TrainState:
+    """Shapes of what trains `experts` or `router`, with where they live."""
+    shapes = jax.eval_shape(lambda: _start(model, collection, tx, seed=0))
+    return with_shardings(
+        shapes, state_shardings(mesh, boxed_shapes(model)[collection], shapes, tx)
+    )
+
+
 def num_params(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _start(
+    model: Transformer, collection: str, tx: optax.GradientTransformation, seed: int
+) -> TrainState:
+    begin = {"experts": init_expert_state, "router": init_router_state}[collection]
+    return begin(nn.unbox(_init(model, jax.random.key(seed))[collection]), tx)
 
 
 def _init(model: Transformer, key: jax.Array) -> Any:

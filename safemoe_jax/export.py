@@ -1,7 +1,8 @@
 """`safemoe export` and `safemoe import`: experts to and from other software.
 
-What leaves by `export` leaves its router behind, so it is ungated: it needs leave, says so, and
-carries that in its manifest and its card.
+What leaves by `export` needs leave: nothing outside this package holds experts to their router.
+Two formats leave the router behind, so they are ungated, say so, and carry that in their manifest
+and card; the third takes it along.
 """
 
 import dataclasses
@@ -25,16 +26,20 @@ from safemoe_jax.progress import console
 from safemoe_jax.weights import huggingface
 from safemoe_jax.weights.artefact import MANIFEST, Kind, file_digest, new_artefact, render
 from safemoe_jax.weights.base import load_base
-from safemoe_jax.weights.bundle import Bundle, read_bundle
+from safemoe_jax.weights.bundle import Bundle, non_commercial, read_bundle
 from safemoe_jax.weights.imported import write_imported
 from safemoe_jax.weights.merged import merge
 from safemoe_jax.weights.peft import base_name_of, read_adapter, write_adapter
+from safemoe_jax.weights.portable import MODULE, write_portable
 
 EXPORT = Kind(
     "export",
-    1,
+    2,
     ("format", "ungated", "statement", "bundle", "base", "provenance", "data_licenses", "details"),
 )
+# How an export's text comes about, and what its experts leave behind.
+_UNGATED, _GATED_THERE = "ungated", "gated by the code beside it alone"
+_LEFT_BEHIND = {_UNGATED: "their router", _GATED_THERE: "the package that always uses their router"}
 _ADAPTER = (
     "No router stands between an expert and what the model says with it, and experts are trained "
     "on harmful text of their domain."
@@ -42,6 +47,11 @@ _ADAPTER = (
 _MERGED = (
     "Experts, which are trained on harmful text, are part of these weights, with gates that are "
     "the same whatever is asked: this model is static, no router is in it, and it is not SafeMoE."
+)
+_PORTABLE = (
+    "Gates are the bundle's own router's, as long as the model is run by the safemoe_torch.py that "
+    "lies in this directory. Experts, which are trained on harmful text, lie in it as well, and "
+    "nothing but that file holds them to the router."
 )
 # The gated model's answers on which gates are averaged and the divergence is measured.
 _ANSWER_TOKENS, _BATCH_SIZE = 64, 16
@@ -59,7 +69,7 @@ def export_peft(directory: Path, out: Path, *, allow_ungated: bool) -> None:
       UserError: on a bundle that is refused, without leave, or where `out` is something else.
     """
     bundle = read_bundle(directory, None)
-    _permit("each expert alone, as a PEFT adapter", allow_ungated)
+    _permit(_UNGATED, "each expert alone, as a PEFT adapter", bundle, allow_ungated)
     domains, base = bundle.config.data.domains, bundle.base
     for domain in domains:
         if Path(domain).name != domain or domain in (MANIFEST, "README.md"):
@@ -107,7 +117,7 @@ def export_merged(
     domains = bundle.config.data.domains
     given_E = _given_gates(gates, domains)
     conversations = read_prompts(prompts)
-    _permit("static gates in the base's weights", allow_ungated)
+    _permit(_UNGATED, "static gates in the base's weights", bundle, allow_ungated)
     loaded = on_devices(directory, bundle)
     chat = ChatFormat(loaded.base.tokenizer)
     gated = Mixture(loaded.model, loaded.variables, Routed())
@@ -137,17 +147,46 @@ def export_merged(
         + ", ".join(f"{d} {g:+.3f}" for d, g in zip(domains, gates_LE.mean(axis=0), strict=True)),
     ]
     contents = _contents(directory, bundle, "merged", _MERGED, details)
-    ends = dict.fromkeys([chat.end_of_turn, chat.tokenizer.eos_token_id])
     with new_artefact(out, EXPORT, contents) as scratch:
-        tokenizer = loaded.base.tokenizer
-        huggingface.save(
-            scratch, bundle.spec, params, tokenizer, [end for end in ends if end is not None]
-        )
+        huggingface.save(scratch, bundle.spec, params, loaded.base.tokenizer, _ends(chat))
         text = "Load it with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`."
         _write_card(scratch, contents, "SafeMoE's experts, merged", text, notes)
     for note in notes:
         console.print(note)
     console.print(f"static, ungated model: {out}")
+
+
+def export_transformers(directory: Path, out: Path, *, allow_ungated: bool) -> None:
+    """Writes base, experts and router for torch, and the one module that runs them: still gated.
+
+    Args:
+      directory: the bundle; its base must be here.
+      out: where; an older export there is replaced.
+      allow_ungated: must be true: whoever has the directory can run its experts without the router.
+
+    Raises:
+      UserError: on a bundle or base that is refused, without leave, or where `out` is something
+        else.
+    """
+    bundle = read_bundle(directory, None)
+    _permit(_GATED_THERE, f"by {MODULE.name}, which anyone can change", bundle, allow_ungated)
+    base = load_base(bundle.base.source, bundle.config.model.param_dtype)
+    bundle = read_bundle(directory, base.identity)
+    details = {
+        "domains": list(bundle.config.data.domains),
+        "router": dataclasses.asdict(bundle.config.router),
+    }
+    contents = _contents(directory, bundle, "transformers", _PORTABLE, details)
+    with new_artefact(out, EXPORT, contents) as scratch:
+        write_portable(scratch, bundle, base, _ends(ChatFormat(base.tokenizer)))
+        text = (
+            f"Read {MODULE.name}, which is all the code here and is run only if you import it; "
+            f"then, in this directory: `import {MODULE.stem}; model, tokenizer = "
+            f'{MODULE.stem}.load(".")`. It needs Python 3.11, torch, transformers and safetensors. '
+            "Nothing is downloaded, and no `trust_remote_code` is asked for."
+        )
+        _write_card(scratch, contents, "SafeMoE for torch", text, ())
+    console.print(f"gated model for torch: {out}; read and import {out / MODULE.name}")
 
 
 def import_adapters(adapters: Sequence[tuple[str, Path]], base: str, out: Path) -> None:
@@ -188,13 +227,14 @@ def import_adapters(adapters: Sequence[tuple[str, Path]], base: str, out: Path) 
     console.out("\n".join(said), highlight=False)
 
 
-def _permit(what: str, allow_ungated: bool) -> None:
+def _permit(gating: str, what: str, bundle: Bundle, allow_ungated: bool) -> None:
     if not allow_ungated:
         raise UserError(
-            f"an export is ungated ({what}): experts that were trained to be harmful leave their "
-            "router behind; add --allow-ungated if that is what you want"
+            f"an export is {gating} ({what}): experts that were trained to be harmful leave "
+            f"{_LEFT_BEHIND[gating]} behind; add --allow-ungated if that is what you want"
         )
-    console.print(f"[bold red]ungated[/]: {what}", markup=True)
+    open_now = ", and no longer encrypted" if bundle.manifest["encryption"] else ""
+    console.print(f"[bold red]{gating}[/]: {what}{open_now}", markup=True)
 
 
 def _given_gates(texts: Sequence[str], domains: Sequence[str]) -> np.ndarray | None:
@@ -215,6 +255,12 @@ def _given_gates(texts: Sequence[str], domains: Sequence[str]) -> np.ndarray | N
             )
         given[domain] = value
     return np.array([given.get(domain, 0.0) for domain in domains])
+
+
+def _ends(chat: ChatFormat) -> list[int]:
+    """Ids of the tokens that end an answer."""
+    ends = dict.fromkeys([chat.end_of_turn, chat.tokenizer.eos_token_id])
+    return [end for end in ends if end is not None]
 
 
 def _greedy(gated: Mixture, chat: ChatFormat, conversations) -> list[Answer]:
@@ -251,7 +297,7 @@ def _contents(
 ) -> dict[str, Any]:
     return {
         "format": format,
-        "ungated": True,
+        "ungated": format != "transformers",
         "statement": statement,
         "bundle": file_digest(directory / MANIFEST),
         "base": dataclasses.asdict(bundle.base),
@@ -264,6 +310,9 @@ def _contents(
 def _write_card(
     directory: Path, contents: dict[str, Any], title: str, text: str, notes: Sequence[str]
 ) -> None:
-    values = {key: contents[key] for key in ("base", "bundle", "statement")}
+    values = {
+        key: contents[key] for key in ("base", "bundle", "statement", "ungated", "data_licenses")
+    }
+    values["non_commercial"] = non_commercial(contents)
     card = render("export_card.jinja", title=title, text=text, notes=notes, **values)
     (directory / "README.md").write_text(card, encoding="utf-8")

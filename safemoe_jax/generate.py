@@ -24,6 +24,7 @@ from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console
 from safemoe_jax.weights.base import BaseModel, load_base
 from safemoe_jax.weights.bundle import Bundle, read_bundle
+from safemoe_jax.weights.huggingface import read_tokenizer
 
 _BATCH_SIZE = 16
 
@@ -62,11 +63,7 @@ def answer(
     Raises:
       UserError: on a bundle that is refused, an ungated routing without leave, or bad settings.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise UserError(
-            f"--max-new-tokens is {max_new_tokens}, --temperature {temperature}, --top-p {top_p}; "
-            "they must be at least 1, at least 0, and in (0, 1]"
-        )
+    check_sampling(max_new_tokens, temperature, top_p)
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; give --prompt TEXT, or text on standard input")
     bundle = read_bundle(directory, None)
@@ -88,22 +85,42 @@ def answer(
         if len(prompts) > 1:
             console.out(f"> {prompt}", style="bold", highlight=False)
         # As it is: not wrapped, and no [markup] or :emoji: read into it.
-        console.out(chat.tokenizer.decode(generation.tokens), highlight=False)
+        console.out(chat.text(generation.tokens), highlight=False)
         if show_gates and generation.gates_TLE is not None:
             console.print(_gates_table(generation, chat.tokenizer, domains))
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises UserError where these options make no sense."""
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError(
+            f"--max-new-tokens is {max_new_tokens}, --temperature {temperature}, --top-p {top_p}; "
+            "they must be at least 1, at least 0, and in (0, 1]"
+        )
+
+
 def on_devices(directory: Path, bundle: Bundle) -> Loaded:
     """Puts a bundle and its base where they run.
+
+    Of the base only the weights are used: their sha256 says nothing of the config and the template
+    that lie beside them, so shape and tokenizer are the bundle's own.
 
     Raises:
       UserError: where the base that is there is not the bundle's.
     """
     base = load_base(bundle.base.source, bundle.config.model.param_dtype)
     bundle = read_bundle(directory, base.identity)
-    variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
+    if base.spec != bundle.spec:
+        raise UserError(
+            f"the config of base {bundle.base.source} was changed since bundle {directory} was "
+            "made; bring back the one that it was trained on"
+        )
+    base = dataclasses.replace(base, tokenizer=read_tokenizer(directory))
     model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
-    placed = jax.device_put(variables, shardings(mesh, boxed_shapes(model)))
+    where = shardings(mesh, boxed_shapes(model))
+    trained = {"experts": bundle.experts, "router": bundle.router}
+    placed = jax.device_put(trained, {name: where[name] for name in trained})
+    placed["params"] = base.placed(where["params"])
     return Loaded(base, model, mesh, placed)
 
 

@@ -3,60 +3,62 @@
 fetch -> data -> train_experts -> train_gate -> evaluate -> report
 """
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
-import jax.numpy as jnp
 
 from safemoe_jax.config import to_dict
+from safemoe_jax.controls import Controls
 from safemoe_jax.data.chat import colored
 from safemoe_jax.data.corpora import load_judge_rows
-from safemoe_jax.data.pipeline import PackedCorpus, train_iterator
-from safemoe_jax.errors import UserError
-from safemoe_jax.evaluation import benchmarks, panel
+from safemoe_jax.evaluation import benchmarks, ledger, metrics, panel
+from safemoe_jax.evaluation.attacks import ATTACKS
+from safemoe_jax.evaluation.benchmarks import Prompt
+from safemoe_jax.evaluation.card import measured
 from safemoe_jax.evaluation.endpoint import Endpoint, EndpointJudge, parse_endpoints
 from safemoe_jax.evaluation.evaluate import (
+    Asking,
+    Entry,
     System,
-    answer_prompts,
+    alone,
     expert_rows,
     judge_answers,
-    likelihood_rows,
+    measure,
 )
+from safemoe_jax.evaluation.gates import router_rows
 from safemoe_jax.evaluation.human import export_for_humans, import_humans
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
 from safemoe_jax.evaluation.private_files import read_json_lines
 from safemoe_jax.evaluation.prompt_sets import Named, resolve
-from safemoe_jax.evaluation.report import terminal_table, write_report
-from safemoe_jax.evaluation.validity import validity
-from safemoe_jax.experiment import Experiment, num_params
-from safemoe_jax.fetch import cache_dir
-from safemoe_jax.inference.sampler import Sampler
-from safemoe_jax.inference.scoring import Scorer
-from safemoe_jax.model.lora import Gates, Routed, Routing
-from safemoe_jax.model.transformer import Transformer
-from safemoe_jax.parallel.hosts import is_first, to_host
-from safemoe_jax.parallel.sharding import local_rows, replicated
-from safemoe_jax.progress import console
-from safemoe_jax.training.checkpoints import Checkpoints
-from safemoe_jax.training.loop import Stage, train
-from safemoe_jax.training.state import TrainState, make_optimizer
-from safemoe_jax.training.steps import expert_train_step, gate_train_step
-from safemoe_jax.training.validation import expert_validation, gate_validation
-from safemoe_jax.weights.base import fetch_base
-from safemoe_jax.weights.bundle import Bundle, read_bundle, write_bundle
-from safemoe_jax.workdir import write_json
-
-SAFE_LORA = "controls/safe_lora"
-_SHORTEST_SCORED = (
-    512  # tokens; what the judge scores must not be cut where training rows are short
+from safemoe_jax.evaluation.report import write_report
+from safemoe_jax.evaluation.systems import (
+    ATTACKED_SYSTEMS,
+    LEFT_OUT_SYSTEMS,
+    SYSTEMS,
+    check_names,
+    is_ungated,
+    role,
 )
+from safemoe_jax.evaluation.terminal import terminal_table
+from safemoe_jax.evaluation.validity import validity
+from safemoe_jax.experiment import Experiment
+from safemoe_jax.fetch import cache_dir
+from safemoe_jax.inference.scoring import Scorer
+from safemoe_jax.parallel.hosts import is_first
+from safemoe_jax.progress import console
+from safemoe_jax.stages import own_bundle, safe_text, train_router
+from safemoe_jax.weights.artefact import MANIFEST, file_digest
+from safemoe_jax.weights.base import fetch_base
+from safemoe_jax.weights.bundle import Bundle, write_card
+from safemoe_jax.workdir import own_commit, write_json
 
 
 def fetch(experiment: Experiment) -> None:
@@ -92,32 +94,6 @@ def data(experiment: Experiment, show: int = 0) -> None:
                     console.print(colored(packed.row(index), experiment.base.tokenizer.decode))
 
 
-def train_experts(experiment: Experiment) -> Any:
-    """Stage one -> the experts, each as its best validation left it; imported ones as they are."""
-    config, train_config = experiment.config, experiment.config.train.experts
-    if experiment.workdir.bundle.exists():
-        return experiment.placed("experts", _bundle(experiment).experts)
-    if experiment.imported:
-        console.print(f"experts: imported, from {config.experts.source}; none is trained")
-        return experiment.placed("experts", experiment.imported.experts)
-    model, frozen = experiment.model, {"params": experiment.params}
-    tx = make_optimizer(config.optimizer.experts, train_config.steps)
-    rows = train_config.rows * len(config.data.domains)
-    packed = experiment.packed(experiment.unsafe("train"), by_domain=True)
-    held_out = experiment.packed(experiment.unsafe("validation"), by_domain=True)
-    state = experiment.initial_state(model, "experts", tx)
-    stage = Stage(
-        name="experts",
-        step=_jitted(expert_train_step, model, tx, train_config.accumulation, state),
-        frozen=frozen,
-        batches=_batches(experiment, packed, train_config.rows),
-        validate=expert_validation(model, frozen, held_out, rows, experiment.mesh),
-        streams=config.data.domains,
-        domains=config.data.domains,
-    )
-    return _train(experiment, stage, state, train_config, "experts", {}).best.trainable
-
-
 def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
     """Stage two, and the bundle of both.
 
@@ -127,69 +103,15 @@ def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
         what is needed of them.
     """
     if not experiment.workdir.bundle.exists():
-        _train_router(experiment)
-    bundle = _bundle(experiment)  # checked, before what it was made of goes
-    if not keep_experts and is_first():
-        for stage in ("experts", "router"):
-            experiment.workdir.checkpoints(stage).parent.rmtree(missing_ok=True)
+        train_router(experiment)
+    bundle = own_bundle(experiment)  # checked, before what it was made of goes
+    for stage in ("experts", "router") if is_first() else ():
+        kept = experiment.workdir.checkpoints(stage).parent
+        if not keep_experts:
+            kept.rmtree(missing_ok=True)
+        elif kept.exists():
+            console.print(f"[bold red]ungated[/]: checkpoints are kept, unencrypted, in {kept}")
     return bundle
-
-
-def _train_router(experiment: Experiment) -> None:
-    """Trains the router over the finished experts, and writes both as the bundle."""
-    config, train_config = experiment.config, experiment.config.train.router
-    experts = train_experts(experiment)
-    model, frozen = experiment.model, {"params": experiment.params, "experts": experts}
-    tx = make_optimizer(config.optimizer.router, train_config.steps)
-    packed, held_out = _safe_sets(experiment)
-    state = experiment.initial_state(model, "router", tx)
-    stage = Stage(
-        name="router",
-        step=_jitted(gate_train_step, model, tx, train_config.accumulation, state),
-        frozen=frozen,
-        batches=_batches(experiment, packed, train_config.rows),
-        validate=gate_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
-        streams=("all",),
-        domains=config.data.domains,
-    )
-    imported = experiment.imported
-    made_of = {"experts": imported.sha256} if imported else {}
-    best = _train(experiment, stage, state, train_config, "router", made_of).best
-    experts, router = to_host((experts, best.trainable))
-    if is_first():
-        write_bundle(
-            experiment.workdir.bundle,
-            base=experiment.base,
-            config=config,
-            experts=experts,
-            router=router,
-            provenance={
-                **experiment.identity,
-                "router_step": int(best.step),
-                "seed": config.seed,
-                **({"adapters": imported.adapters} if imported else {}),
-            },
-        )
-    experiment.workdir.publish()
-
-
-def train_safe_lora(experiment: Experiment) -> Any:
-    """The control: one LoRA on the router's data, with as many parameters, for as many steps."""
-    config, train_config = experiment.config, experiment.config.train.router
-    model, frozen = experiment.safe_lora_model, {"params": experiment.params}
-    tx = make_optimizer(config.optimizer.experts, train_config.steps)
-    packed, held_out = _safe_sets(experiment)
-    state = experiment.initial_state(model, "experts", tx)
-    stage = Stage(
-        name="safe_lora",
-        step=_jitted(expert_train_step, model, tx, train_config.accumulation, state),
-        frozen=frozen,
-        batches=_batches(experiment, packed, train_config.rows),
-        validate=expert_validation(model, frozen, held_out, train_config.rows, experiment.mesh),
-        streams=("all",),
-        domains=("all",),
-    )
-    return _train(experiment, stage, state, train_config, SAFE_LORA, {}).best.trainable
 
 
 def evaluate(experiment: Experiment, labels: Path | None = None, export: int = 0) -> None:
@@ -224,6 +146,7 @@ def _hear(
         labelled = experiment.corpus.select(splits={"test"}) if endpoints else []
         results["panel"] = panel.hear(endpoints, labelled, seed, directory)
         write_json(directory / "results.json", results)
+    write_card(experiment.workdir.bundle, measured(results))
     console.print(terminal_table(results))
     if panel.comparisons(results):
         console.print(panel.terminal_table(results))
@@ -236,9 +159,11 @@ def _hear(
 def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The embedded judge's results, from where they were left."""
     config, directory = experiment.config, experiment.workdir.evaluation
-    sets = resolve(config.evaluation.benchmarks)  # a wrong name is seen before anything is trained
+    # What is wrong with the config is seen before anything is trained.
+    sets = resolve(config.evaluation.benchmarks)
+    check_names(config.evaluation.systems)
     if experiment.workdir.bundle.exists():
-        _bundle(experiment)  # is it of this base and data?
+        own_bundle(experiment)  # is it of this base and data?
     else:
         train_gate(experiment)
     key = _evaluation_key(experiment, sets)
@@ -248,42 +173,50 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
     directory.mkdir(exist_ok=True, mode=0o700)
     for endpoint in endpoints if is_first() else ():
         EndpointJudge(endpoint, directory).check()  # now, not after hours of generating
-    systems, experts = _systems(experiment)
-    base = _system(experiment, "base", experiment.model, {}, None)
-    judge_rows = load_judge_rows(experiment.corpus)
+    times = _count(experiment, key, sets)
+    if ungated := [name for name in config.evaluation.systems if is_ungated(name)]:
+        console.print(f"[bold red]ungated[/]: {', '.join(ungated)}; answers are in {directory}")
+    controls, judge_rows = Controls(experiment), load_judge_rows(experiment.corpus)
+    prompts, facts = _prompts(experiment, sets, [row.prompt for row in judge_rows])
+    asking = Asking(
+        chat=experiment.chat,
+        config=config.evaluation,
+        seed=config.seed,
+        made_of=_bundle_digest(experiment),
+        directory=directory,
+    )
+    answers, likelihoods = measure(_entries(experiment, controls, prompts), asking)
     judge = EmbeddedJudge.fit(
         judge_rows,
-        _cached(base.scorer, experiment.identity["base"]),
+        _cached(controls.system("base").scorer, experiment.identity["base"]),
         likelihood_rows=config.evaluation.judge_rows,
         seed=config.seed,
     )
-    held_out = experiment.corpus.select(splits={"test"})
-    judge.measure(held_out)
-    prompts = benchmarks.held_out(
-        held_out, config.data.domains, config.evaluation.prompts_per_domain
-    )
+    judge.measure(experiment.corpus.select(splits={"test"}))
     informed = benchmarks.held_out(
-        experiment.safe_informative("test"),
+        experiment.safe_informative(config.evaluation.split),
         config.data.domains,
         config.evaluation.prompts_per_domain,
     )
     valid = validity(judge, informed, config.seed)
-    learnt = experiment.corpus.select(splits={"train", "validation", "judge"})
-    taught = {row.prompt for row in [*judge_rows, *learnt]}
-    asked, facts = benchmarks.ask(sets, taught, config.evaluation.prompts_per_benchmark)
-    for name, fact in facts.items():
-        console.print(
-            f"benchmark {name}: {fact['asked']} of {fact['prompts']} prompts asked, "
-            f"{fact['by_refusal_alone']} of them judged by refusal alone; "
-            f"{fact['left_out_as_taught']} left out, which taught models or judge"
-        )
-    rows = answer_prompts(
-        systems, prompts + asked, experiment.chat, config.evaluation, config.seed, directory
-    )
+    outcomes, rows = judge_answers(answers, judge, directory)
+    compared = [row for row in likelihoods if row["system"] in config.evaluation.systems]
     results = {
-        "rows": judge_answers(rows, judge, config.seed, directory),
-        "nll": likelihood_rows(systems, prompts, config.seed),
-        "experts": expert_rows(base.scorer, experts, prompts),
+        "rows": rows,
+        "nll": metrics.nll_rows(compared),
+        "outcomes": outcomes,
+        "likelihoods": compared,
+        "router": router_rows(answers, config.data.domains),
+        "systems": {
+            name: {
+                "title": SYSTEMS[name].title,
+                "role": role(name),
+                "ungated": is_ungated(name),
+                "trained_parameters": controls.trained_parameters(name),
+            }
+            for name in config.evaluation.systems
+        },
+        "experts": expert_rows(likelihoods, config.data.domains),
         "judge": {"name": judge.name, **judge.reliability},
         "panel": panel.NOBODY,
         "validity": valid,
@@ -291,22 +224,98 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
         "budget": _budget(experiment),
         "domains": list(config.data.domains),
         "demonstration": config.evaluation.demonstration,
+        "test_evaluations": times,
         "provenance": {
             "evaluation": key,
+            "split": config.evaluation.split,
+            "commit": own_commit(),
             **experiment.identity,
-            "router_parameters": num_params(_bundle(experiment).router),
-            "safe_lora_rank": experiment.safe_lora_model.experts.rank,
+            "router_parameters": controls.trained_parameters("safemoe"),
+            "safe_lora_rank": experiment.lora_model("router").experts.rank,
         },
     }
     if is_first():
         write_json(path, results)
+    counts = ", ".join(f"{name} {count}" for name, count in times.get("counts", {}).items())
+    console.print(f"evaluations of test prompts so far: {counts or 'none'}")
     return results
+
+
+def _prompts(
+    experiment: Experiment, sets: Sequence[Named], judge_taught: Sequence[str]
+) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+    """What is asked, by the domain that is left out ("" for none) or "attacks", and the facts."""
+    config, corpus = experiment.config.evaluation, experiment.corpus
+    domains, most = experiment.config.data.domains, config.prompts_per_domain
+    own = benchmarks.held_out(corpus.select(splits={config.split}), domains, most)
+    learnt = corpus.select(splits={"train", "validation", "judge"})
+    taught = {*judge_taught, *(row.prompt for row in learnt)}
+    asked, facts = benchmarks.ask(sets, taught, config.prompts_per_benchmark)
+    for name, fact in facts.items():
+        console.print(
+            f"benchmark {name}: {fact['asked']} of {fact['prompts']} prompts asked, "
+            f"{fact['by_refusal_alone']} of them judged by refusal alone; "
+            f"{fact['left_out_as_taught']} left out, which taught models or judge"
+        )
+    general = benchmarks.general_ability() if config.utility else []
+    attacked = [ATTACKS[name](own, experiment.unsafe("train")) for name in config.attacks]
+    prompts = {"": own + asked + general, "attacks": list(itertools.chain(*attacked))}
+    # A domain's training text is no secret to choices; its test prompts are, and the judge's teach.
+    free = corpus.select(splits={"train", "validation", config.split})
+    for domain in config.left_out:
+        prompts[domain] = benchmarks.left_out(free, domain, most)
+    return prompts, facts
+
+
+def _entries(
+    experiment: Experiment, controls: Controls, prompts: Mapping[str, list[Prompt]]
+) -> list[Entry]:
+    """Every system of every fold with its prompts; each is made only when it is needed."""
+    config = experiment.config
+
+    def entry(name: str, fold: str, asked: Sequence[Prompt]) -> Entry:
+        make = functools.partial(controls.system, name, fold)
+        shows_gates = (name, fold) == ("safemoe", "")
+        return Entry(name, fold, tuple(asked), True, shows_gates, make)
+
+    def read(name: str, make: Callable[[], System]) -> Entry:
+        """Held-out harmful answers, read by one that answers nothing."""
+        own = [
+            dataclasses.replace(prompt, safe_answers=())
+            for prompt in prompts[""]
+            if prompt.benchmark == benchmarks.HELD_OUT
+        ]
+        return Entry(name, "", tuple(own), False, False, make)
+
+    systems = config.evaluation.systems
+    entries = [
+        entry(name, "", prompts[""] + (prompts["attacks"] if name in ATTACKED_SYSTEMS else []))
+        for name in systems
+    ]
+    for domain in config.evaluation.left_out:
+        entries += [entry(n, domain, prompts[domain]) for n in systems if n in LEFT_OUT_SYSTEMS]
+    if "base" not in systems:
+        entries.append(read("base", functools.partial(controls.system, "base")))
+    return entries + [
+        read(alone(domain), functools.partial(controls.alone, domain))
+        for domain in config.data.domains
+    ]
+
+
+def _count(experiment: Experiment, key: str, sets: Sequence[Named]) -> dict[str, Any]:
+    """Notes down that test prompts or benchmarks are asked -> how often they were, with this."""
+    parts = {named.name: named.sha256() for named in sets}
+    if experiment.config.evaluation.split == "test":
+        parts = {benchmarks.HELD_OUT: experiment.corpus.fingerprint, **parts}
+    if not parts or not is_first():
+        return {}
+    return ledger.record(cache_dir() / "test_evaluations.jsonl", key, parts)
 
 
 def report(experiment: Experiment, full: bool = False) -> None:
     """Writes the report of what has been evaluated."""
     if is_first():
-        console.print(f"report: {write_report(experiment.workdir.root, full=full)}")
+        console.print(f"report: {write_report([experiment.workdir.root], full=full)}")
 
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:
@@ -322,116 +331,6 @@ def run(experiment: Experiment, keep_experts: bool = False) -> None:
     report(experiment)
 
 
-def _batches(experiment: Experiment, packed: PackedCorpus, rows: int) -> grain.DatasetIterator:
-    """Train batches: the rows of them that this process's devices hold."""
-    places = local_rows(experiment.mesh, rows * packed.num_streams)
-    return train_iterator(packed, rows, experiment.config.seed, places)
-
-
-def _jitted(step, model: Transformer, tx, accumulation: int, state: TrainState):
-    """The train step, compiled for this stage; its state is donated and stays where it lies."""
-    step = functools.partial(step, model=model, tx=tx, accumulation=accumulation)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(placed, replicated(state.step.sharding.mesh))
-    )
-
-
-def _train(
-    experiment: Experiment, stage: Stage, state, train_config, name: str, made_of: dict[str, str]
-) -> TrainState:
-    """Trains a stage; `made_of` is what it is made of beside base and corpus."""
-    checkpoints = Checkpoints(
-        experiment.workdir.checkpoints(name),
-        keep=train_config.keep,
-        identity=experiment.identity | made_of,
-    )
-    try:
-        return train(
-            stage,
-            state,
-            train_config,
-            experiment.mesh,
-            checkpoints,
-            experiment.workdir.metrics,
-            experiment.workdir.publish,
-        )
-    finally:
-        checkpoints.close()
-
-
-def _safe_sets(experiment: Experiment) -> tuple[PackedCorpus, PackedCorpus]:
-    """Stage two's training and validation text."""
-    sets = []
-    for split in ("train", "validation"):
-        if not (examples := experiment.safe_informative(split)):
-            raise UserError(
-                f"there is no safe, informative answer in the {split} split; add safe answers, or "
-                "lower data.informative_min_characters"
-            )
-        sets.append(experiment.packed(examples, by_domain=False))
-    return sets[0], sets[1]
-
-
-def _bundle(experiment: Experiment) -> Bundle:
-    """The finished bundle, checked; one of another corpus is refused."""
-    bundle = read_bundle(experiment.workdir.bundle, experiment.base.identity)
-    made_of = bundle.manifest["provenance"]["corpus"]
-    if made_of != experiment.corpus.fingerprint:
-        raise UserError(
-            f"{experiment.workdir.bundle} was trained on corpus {made_of}, and the data is now "
-            f"{experiment.corpus.fingerprint}; give another --workdir, or delete the bundle"
-        )
-    return bundle
-
-
-def _systems(experiment: Experiment) -> tuple[list[System], dict[str, Scorer]]:
-    """The systems that the config names, and each expert alone as a scorer."""
-    config, bundle = experiment.config, _bundle(experiment)
-    mixture = {
-        name: experiment.placed(name, getattr(bundle, name)) for name in ("experts", "router")
-    }
-    num_experts = len(config.data.domains)
-
-    def safe_lora() -> System:
-        variables = {"experts": train_safe_lora(experiment)}
-        routing = Gates(jnp.ones(1))
-        return _system(experiment, "safe_lora", experiment.safe_lora_model, variables, routing)
-
-    def mixed(name: str, routing: Routing) -> System:
-        return _system(experiment, name, experiment.model, mixture, routing)
-
-    known = {
-        "base": lambda: _system(experiment, "base", experiment.model, {}, None),
-        "safemoe": lambda: mixed("safemoe", Routed()),
-        "uniform": lambda: mixed("uniform", Gates(jnp.full(num_experts, 1 / num_experts))),
-        "safe_lora": safe_lora,
-    }
-    if unknown := [name for name in config.evaluation.systems if name not in known]:
-        raise UserError(
-            f"config.evaluation.systems names {unknown[0]!r}; choose of {', '.join(known)}"
-        )
-    alone = {
-        domain: mixed(domain, Gates(jax.nn.one_hot(index, num_experts))).scorer
-        for index, domain in enumerate(config.data.domains)
-    }
-    return [known[name]() for name in config.evaluation.systems], alone
-
-
-def _system(
-    experiment: Experiment, name: str, model: Transformer, variables: dict, routing: Routing
-) -> System:
-    variables = {"params": experiment.params, **variables}
-    chat = experiment.chat
-    longest = max(experiment.config.data.sequence_length, _SHORTEST_SCORED)
-    return System(
-        name=name,
-        sampler=Sampler(model, variables, routing, chat.end_of_turn),
-        scorer=Scorer(model, variables, routing, chat, longest),
-        gated=isinstance(routing, Routed),
-    )
-
-
 def _cached(scorer: Scorer, base_sha256: str) -> CachedScorer:
     """The base's likelihoods, remembered: hashes and numbers only, so other workdirs use them.
 
@@ -444,17 +343,20 @@ def _cached(scorer: Scorer, base_sha256: str) -> CachedScorer:
 def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:
     """What answers depend on: the bundle, the evaluation's settings but for further judges, the
     benchmarks' files."""
-    manifest = (experiment.workdir.bundle / "manifest.json").read_bytes()
     files = [(benchmark.name, benchmark.sha256()) for benchmark in sets]
     settings = to_dict(experiment.config)["evaluation"]
     del settings["judges"]
-    text = json.dumps([settings, files])
-    return hashlib.sha256(manifest + text.encode()).hexdigest()[:16]
+    text = json.dumps([_bundle_digest(experiment), settings, files])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _bundle_digest(experiment: Experiment) -> str:
+    return file_digest(experiment.workdir.bundle / MANIFEST)
 
 
 def _budget(experiment: Experiment) -> dict[str, str]:
     """Tokens with loss that each stage has seen, of those there."""
-    there = {"router": _safe_sets(experiment)[0].tokens.loss}
+    there = {"router": safe_text(experiment)[0].tokens.loss}
     if not experiment.config.experts.source:
         unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
         there = {"experts": unsafe.tokens.loss, **there}

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from safemoe_jax import run
+from safemoe_jax import run, stages
 from safemoe_jax.config import Config, freeze, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.figures import PALETTE
@@ -186,7 +186,7 @@ def run_one(points: Sequence[Point], root: Path, name: str, *, keep_experts: boo
     by_name = {point.name: point for point in points}
     by_experts = {point.experts: point for point in points}
     if name in by_experts:
-        _train(by_experts[name].experts_config, root / name, "experts", run.train_experts)
+        _train(by_experts[name].experts_config, root / name, "experts", stages.train_experts)
     elif name in by_name:
         point = by_name[name]
         if _is_done(root / point.experts) and not (root / name).exists():

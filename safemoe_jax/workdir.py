@@ -1,7 +1,7 @@
 """A run's directory: whose it is, what it was made with, and that nobody else is writing to it.
 
-config.json run.json lock metrics.jsonl data/ experts/ router/ controls/ bundle/ evaluation/
-report.html
+config.json run.json lock metrics.jsonl data/ experts/ router/ bundle/ unfinished/ controls/
+evaluation/ report.json report.html report.tex
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -27,7 +28,10 @@ from safemoe_jax.remote import Mirror, is_remote
 # What may differ between two runs in one directory: it decides nothing that is stored.
 _FREE = ("evaluation",)
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
-_MIRRORED = ("config.json", "run.json", "metrics.jsonl", "bundle", "evaluation", "report.html")
+_MIRRORED = (
+    *("config.json", "run.json", "metrics.jsonl", "bundle", "controls", "evaluation"),
+    *("report.json", "report.html", "report.tex"),
+)
 
 
 class Workdir:
@@ -105,6 +109,10 @@ class Workdir:
         return self.root / "bundle"
 
     @property
+    def controls(self) -> Path:
+        return self.root / "controls"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation"
 
@@ -171,7 +179,13 @@ class Workdir:
                         "another --workdir, or delete that directory"
                     )
         write_json(path, values)
-        write_json(self.root / "run.json", _environment())
+        self._note_command()
+
+    def _note_command(self) -> None:
+        """run.json tells of every command that worked here, the newest last."""
+        path = self.root / "run.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, {"commands": [*before.get("commands", []), _environment()]})
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -179,6 +193,32 @@ def write_json(path: Path, values: Any) -> None:
     scratch = path.with_name(f".{path.name}.new")
     scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(scratch, path)
+
+
+def own_commit() -> str:
+    """`code_commit` of this package."""
+    return code_commit(Path(__file__).resolve().parents[1])
+
+
+def code_commit(root: Path) -> str:
+    """The commit of the code in `root`, with a word on changes since.
+
+    Launchers ship code without its history, and write into the file STAMP what it is. "unknown"
+    where there is neither.
+    """
+    stamp = root / "STAMP"
+    if not (root / ".git").exists():
+        return stamp.read_text(encoding="utf-8").strip() if stamp.is_file() else "unknown"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except (OSError, subprocess.CalledProcessError):  # no git here, or one that does not trust it
+        return "unknown"
+    return f"{commit} with changes" if changes else commit
 
 
 def _differences(old: Any, new: Any, path: str):
@@ -194,6 +234,7 @@ def _environment() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": own_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),

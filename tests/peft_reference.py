@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 def logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndarray:
     """float32 logits [T, V] of a model directory with an adapter directory, or without."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         with _without_deprecations():
             model = peft.PeftModel.from_pretrained(model, adapter)
@@ -26,7 +26,7 @@ def logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndarray:
 
 def save_adapter(base: Path, adapter: Path, **config) -> None:
     """An adapter of random weights, as `save_pretrained` writes it."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
     with _without_deprecations():
         model = peft.get_peft_model(

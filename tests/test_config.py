@@ -80,6 +80,21 @@ WRONG = {
     ),
     "jsonl without a path": ("data.corpus", "jsonl", "config.data.path is '' with corpus 'jsonl'"),
     "a path with pyrit": ("data.path", "x", "config.data.path is 'x' with corpus 'pyrit'"),
+    "a system twice": (
+        "evaluation.systems",
+        ("base", "base"),
+        "config.evaluation.systems is ('base'",
+    ),
+    "a left-out domain of no expert": (
+        "evaluation.left_out",
+        ("privacy", "cats"),
+        "config.evaluation.left_out names 'cats'; choose of exploits, ",
+    ),
+    "an attack that is none": (
+        "evaluation.attacks",
+        ("prefill",),
+        "config.evaluation.attacks[0] is 'prefill'; choose one of 'prefix', 'two_shot'",
+    ),
     "fewer prompts than none": (
         "evaluation.prompts_per_benchmark",
         -1,

@@ -88,7 +88,7 @@ def our_logits(home, routing, *, name="bundle", source=None):
         tokens_BT = TOKENS[None]
         positions_BT, ones_BT = np.arange(len(TOKENS))[None], np.ones_like(tokens_BT)
         out = model.apply(variables, tokens_BT, positions_BT, ones_BT, ones_BT, routing)
-        return logits(out.hidden_BTD, out.head_VD)
+        return logits(out.hidden_BTD, out.head)
 
     variables = {"params": base.params, "experts": bundle.experts, "router": bundle.router}
     return np.asarray(forward(variables))[0]
@@ -110,18 +110,18 @@ def export(home, out, *more, name="bundle"):
 MERGED = ("--format", "merged", "--allow-ungated")
 
 
-def check_hazard(out, safemoe_said):
+def check_hazard(out, safemoe_said, gating="ungated"):
     """What every export must say and be, whatever its format."""
-    assert safemoe_said.startswith("ungated: ")
+    assert safemoe_said.startswith(f"{gating}: ")
     manifest = json.loads((out / "manifest.json").read_text())
-    assert (manifest["kind"], manifest["ungated"]) == ("export", True)
+    assert (manifest["kind"], manifest["ungated"]) == ("export", gating == "ungated")
     assert manifest["base"]["license"] == "unknown"
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {"manifest.json"}
     assert manifest["files"] == {name: file_digest(out / name) for name in files}
     for path in (out, *out.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
         if path.name == "README.md":
-            assert f"**Ungated.** {manifest['statement']}" in path.read_text()
+            assert f"**{gating.capitalize()}.** {manifest['statement']}" in path.read_text()
     assert not any(path.name.endswith((".bin", ".pt", ".pkl")) for path in out.rglob("*"))
     return manifest
 
@@ -166,6 +166,32 @@ def test_an_export_needs_leave_and_replaces_nothing_else(safemoe, mistake, home,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     line = mistake("generate", "--bundle", out, "--prompt", "a")
     assert line.startswith(f"{out} is no bundle: its manifest.json says 'export'; give a bundle's")
+
+
+# transformers (what it computes is in tests/weights/test_portable.py)
+
+
+def test_a_gated_model_for_torch_needs_leave_too_and_is_no_base_by_itself(
+    safemoe, mistake, home, tmp_path
+):
+    out = tmp_path / "out"
+    argv = export(home, out, "--format", "transformers")
+    assert mistake(*argv) == (
+        "an export is gated by the code beside it alone (by safemoe_torch.py, which anyone can "
+        "change): experts that were trained to be harmful leave the package that always uses their "
+        "router behind; add --allow-ungated if that is what you want"
+    )
+    assert not out.exists()
+    code, said, _ = safemoe(*argv, "--allow-ungated")
+    assert code == 0
+    manifest = check_hazard(out, said, "gated by the code beside it alone")
+    assert manifest["details"]["router"]["activation"] == "signed"
+    card = (out / "README.md").read_text()
+    assert "Read safemoe_torch.py, which is all the code here and is run only if you import" in card
+    # Nothing that transformers would open by itself, nor code that it would run.
+    assert not (out / "config.json").exists()
+    assert "auto_map" not in json.loads((out / "base" / "config.json").read_text())
+    assert [path.name for path in out.rglob("*.py")] == ["safemoe_torch.py"]
 
 
 # merged

@@ -1,6 +1,8 @@
 """The whole pipeline on a tiny base and corpus, through the command line."""
 
+import contextlib
 import hashlib
+import io
 import json
 import shutil
 
@@ -9,7 +11,7 @@ import pytest
 import tiny
 from judge_server import completion, serve
 
-from safemoe_jax import cli, run
+from safemoe_jax import cli, run, stages
 from safemoe_jax.data import splits
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.fetch import cache_dir
@@ -54,7 +56,10 @@ def _finished(home):
     tiny.write_base(home / "base")
     tiny.write_corpus(home / "corpus.jsonl")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
-    assert safemoe(home, "run") == 0
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert safemoe(home, "run") == 0
+    (home / "said").write_text(said.getvalue())
     return home
 
 
@@ -86,11 +91,15 @@ def test_what_a_run_leaves_behind(home):
         "lock",
         "metrics.jsonl",
         "report.html",
+        "report.json",
+        "report.tex",
         "run.json",
     }  # no experts/ and no router/: what they held is in the bundle
     assert mode(home / "run") == 0o700
     assert {path.name for path in (home / "run" / "evaluation").iterdir()} == {
         "answers.jsonl",
+        "generated.jsonl",
+        "likelihoods.jsonl",
         "results.json",
     }
     assert mode(home / "run" / "evaluation" / "answers.jsonl") == 0o600
@@ -160,6 +169,34 @@ def test_answers_and_results_agree(home):
     assert len(found["validity"]) == 5
 
 
+def test_no_text_of_the_data_or_of_an_answer_is_said_or_logged(home):
+    texts = {row["response"] for row in lines(home / "corpus.jsonl")}
+    texts |= {row["prompt"] for row in lines(home / "corpus.jsonl")}
+    answers = lines(home / "run" / "evaluation" / "answers.jsonl")
+    texts |= {row["response"] for row in answers if len(row["response"]) > 3}
+    logs = ["metrics.jsonl", "run.json", "config.json", "evaluation/results.json"]
+    logs += ["evaluation/likelihoods.jsonl", "bundle/README.md", "bundle/manifest.json"]
+    for log in [home / "said", *(home / "run" / name for name in logs)]:
+        said = log.read_text()
+        assert said
+        assert not [text for text in texts if text in said], log
+
+
+def test_the_card_says_what_was_measured(home):
+    card = (home / "run" / "bundle" / "README.md").read_text()
+    assert "Not measured. `safemoe evaluate`" not in card
+    (srr,) = (
+        row
+        for row in results(home)["rows"]
+        if (row["system"], row["split"], row["metric"]) == ("safemoe", "all", "srr")
+    )
+    share = f"{100 * srr['value']:.1f} % ({100 * srr['low']:.0f} to {100 * srr['high']:.0f})"
+    assert f"| held_out | SafeMoE | {srr['n']} | {share} |" in card
+    assert "- Embedded judge only.\n- embedded: harm, " in card
+    assert "- attacks: attack_prefix\n" in card
+    assert "One small classifier gave all verdicts" in card
+
+
 def test_the_report_shows_the_results_and_needs_no_network(home):
     html = (home / "run" / "report.html").read_text()
     for text in ("SafeMoE", "cats", "dogs"):
@@ -171,7 +208,7 @@ def test_a_second_run_reuses_everything(home, capsys, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("done once is enough")
 
-    monkeypatch.setattr(run, "train", never)
+    monkeypatch.setattr(stages, "train", never)
     monkeypatch.setattr(run.EmbeddedJudge, "fit", never)
     kept = ["metrics.jsonl", "bundle/manifest.json", "evaluation/answers.jsonl"]
     kept += ["evaluation/results.json"]
@@ -207,7 +244,7 @@ def test_further_judges_and_people_are_heard_without_answering_anew(home, monkey
     def forbid(*_, **__):
         raise AssertionError("evaluated anew")
 
-    monkeypatch.setattr(run, "answer_prompts", forbid)
+    monkeypatch.setattr(run, "measure", forbid)
     before, folder = results(home), home / "run" / "evaluation"
     with serve(lambda body: completion("unsafe\nS1" if "hiss" in str(body) else "safe")) as server:
         judges = f"--config.evaluation.judges=('llama_guard_3@{server.url}#m',)"
@@ -286,7 +323,7 @@ def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch,
     }
     out = capsys.readouterr().out
     assert f"benchmark mine: {path}" in out and f"{61 - len(unseen)} left out" in out
-    assert 'id="benchmarks"' in (home / "run" / "report.html").read_text()
+    assert 'data-option="mine"' in (home / "run" / "report.html").read_text()
 
     # The same names and another file: evaluated anew.
     path.write_text(json.dumps({"instructions": ["Another question?"]}))
@@ -296,14 +333,17 @@ def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch,
     assert "names 'mine'; choose of" in capsys.readouterr().err
 
 
-def test_keep_experts_keeps_their_checkpoints(home, monkeypatch):
-    monkeypatch.setattr(run, "train", lambda stage, state, *rest: state)
+def test_keep_experts_keeps_their_checkpoints(home, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "train", lambda stage, state, *rest: state)
     for option, kept in (("--keep-experts", True), (None, False)):
         workdir = f"keep-{kept}"
         assert safemoe(home, "train-gate", *filter(None, [option]), workdir=workdir) == 0
+        out = capsys.readouterr().out
         assert (home / workdir / "bundle" / "manifest.json").is_file()
         for stage in ("experts", "router"):
             assert (home / workdir / stage).exists() == kept
+            said = f"ungated: checkpoints are kept, unencrypted, in {home / workdir / stage}"
+            assert (said in out) == kept
     # What a kill, or an earlier --keep-experts, left goes with the next call.
     assert safemoe(home, "train-gate", workdir="keep-True") == 0
     assert not (home / "keep-True" / "experts").exists()

@@ -1,12 +1,13 @@
 import json
 import re
+import subprocess
 
 import pytest
 
 from experiments import pyrit
 from safemoe_jax.config import freeze, to_dict
 from safemoe_jax.errors import UserError
-from safemoe_jax.workdir import Workdir, write_json
+from safemoe_jax.workdir import Workdir, code_commit, write_json
 
 
 def config(**changes):
@@ -31,10 +32,34 @@ def test_says_what_the_run_is_and_lets_only_the_owner_in(tmp_path):
     assert mode(root) == 0o700
     stored = json.loads((root / "config.json").read_text())
     assert stored == json.loads(json.dumps(to_dict(config())))
-    environment = json.loads((root / "run.json").read_text())
+    (environment,) = json.loads((root / "run.json").read_text())["commands"]
     assert environment["versions"]["jax"]
     assert environment["devices"]
+    assert re.match(r"[0-9a-f]{40}( with changes)?$|unknown$", environment["commit"])
     assert {path.name for path in root.iterdir()} == {"config.json", "lock", "run.json"}
+
+
+def test_run_json_tells_of_every_command(tmp_path):
+    visit(tmp_path / "run")
+    visit(tmp_path / "run")
+    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["commands"]) == 2
+
+
+def test_code_says_which_commit_it_is(tmp_path):
+    def git(*arguments):
+        about = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *about, *arguments], check=True)
+
+    assert code_commit(tmp_path) == "unknown"
+    (tmp_path / "STAMP").write_text("0123abc with changes, 456def\n")
+    assert code_commit(tmp_path) == "0123abc with changes, 456def"  # what a launcher ships
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    commit = code_commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "new.py").write_text("")
+    assert code_commit(tmp_path) == f"{commit} with changes"
 
 
 def test_an_open_directory_is_closed_when_adopted(tmp_path):

@@ -139,7 +139,7 @@ def forward(model: Transformer, variables, batch, routing):
         batch["prompt_mask_BT"],
         routing,
     )
-    return logits(out.hidden_BTD, out.head_VD), out.gates_LBTE
+    return logits(out.hidden_BTD, out.head), out.gates_LBTE
 
 
 def leaves_equal(left, right) -> bool:

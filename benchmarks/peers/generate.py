@@ -1,4 +1,4 @@
-"""transformers: greedy generation by the bare base. Arguments: gguf, prompts.npz, new tokens."""
+"""transformers: greedy generation by the bare base. Arguments: gguf, prompts.npz, new, dtype."""
 
 import sys
 import time
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from base import load, report
 
-gguf, path, new = sys.argv[1:]
-model = load(gguf, "float32").eval()
+gguf, path, new, dtype = sys.argv[1:]
+model = load(gguf, dtype).eval()
 with np.load(path) as file:
     tokens, mask = (torch.tensor(file[key], dtype=torch.long) for key in ("tokens", "mask"))
 

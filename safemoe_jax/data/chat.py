@@ -75,6 +75,14 @@ class ChatFormat:
         """Token ids from which an answer to `messages` is generated."""
         return self._tokenize([self._prompt_text(messages)])[0]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of text outside any conversation, with what the tokenizer puts before it."""
+        return self.tokenizer(text)["input_ids"]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What token ids say, as it is: no space is tidied away."""
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
     def encode(self, messages: Messages, response: str) -> Encoded:
         """Encodes one conversation; see `encode_all`."""
         return self.encode_all([(messages, response)])[0]

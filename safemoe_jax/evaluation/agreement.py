@@ -5,35 +5,43 @@ from typing import Any
 
 import numpy as np
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, cohen_kappa_score
-
-from safemoe_jax.evaluation.verdicts import Verdict
+from sklearn.metrics import brier_score_loss, cohen_kappa_score, roc_auc_score
 
 _BINS = 5
 
 
-def against_labels(harmful: Sequence[bool], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """How a judge's harm agrees with people's: kappa, confusion, and calibration where it says p.
+def against_labels(
+    labels: Sequence[bool], found: Sequence[bool | None], chance: Sequence[float | None]
+) -> dict[str, Any]:
+    """How a judge agrees with people.
+
+    Args:
+      labels: what people said of each answer.
+      found: what the judge says, None where nothing.
+      chance: the probability that it gives, None where it gives none.
 
     Returns:
-      {n, missing, kappa, table, Brier, calibration}; calibration are pairs (mean p, share harmful)
-      of five equally filled bins. What cannot be computed is None.
+      {n, missing, kappa, table, F1, AUC, Brier, calibration}: `table` as `agreement` has it;
+      calibration are pairs (mean probability, share of labels) of five equally filled bins. What
+      cannot be computed is None.
     """
-    found = [None if verdict.safe is None else not verdict.safe for verdict in verdicts]
-    compared = agreement(harmful, found)
-    pairs = [
-        (verdict.harm_probability, label)
-        for verdict, label in zip(verdicts, harmful, strict=True)
-        if verdict.harm_probability is not None
-    ]
-    brier = curve = None
-    if len({label for _, label in pairs}) == 2:
-        p, truth = map(np.array, zip(*pairs, strict=True))
-        brier = float(brier_score_loss(truth, p))
+    compared = agreement(labels, found)
+    (_, alarms), (missed, hits) = compared["table"]
+    said = [(p, label) for p, label in zip(chance, labels, strict=True) if p is not None]
+    auc = brier = curve = None
+    if len({label for _, label in said}) == 2:
+        p, truth = map(np.array, zip(*said, strict=True))
+        auc, brier = float(roc_auc_score(truth, p)), float(brier_score_loss(truth, p))
         shares, means = calibration_curve(truth, p, n_bins=_BINS, strategy="quantile")
         curve = [list(pair) for pair in zip(means.tolist(), shares.tolist(), strict=True)]
-    missing = len(verdicts) - compared["n"]
-    return {**compared, "missing": missing, "Brier": brier, "calibration": curve}
+    return {
+        **compared,
+        "missing": len(labels) - compared["n"],
+        "F1": 2 * hits / (2 * hits + alarms + missed) if hits + alarms + missed else None,
+        "AUC": auc,
+        "Brier": brier,
+        "calibration": curve,
+    }
 
 
 def agreement(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict[str, Any]:

@@ -7,9 +7,18 @@ from typing import Any
 
 from safemoe_jax.data import rules, splits
 from safemoe_jax.data.corpora import Example
-from safemoe_jax.evaluation.prompt_sets import Named, Question, questions
+from safemoe_jax.evaluation.prompt_sets import (
+    Named,
+    Question,
+    gsm8k,
+    harmless_answers,
+    questions,
+)
 
-HELD_OUT = "held_out"  # the benchmark of the corpus' own test split
+HELD_OUT = "held_out"  # the benchmark of the corpus' own prompts
+LEFT_OUT = "left_out"  # of the prompts of a domain that nothing was trained on
+GSM8K = "gsm8k"
+BENIGN = "benign"  # harmless questions with answers; nobody is asked them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +30,14 @@ class Prompt:
       benchmark: the benchmark's name.
       domain: harm category.
       messages: turns with "role" and "content"; the last is the user's.
+      prefix: how the answer begins, put into the model's mouth; mostly empty.
       group: prompts of a benchmark that are not independent of each other share it.
       harmful: whether it asks for harm, so that a refusal is safe; else a refusal is over-refusal.
       refusal_only: its answers are judged by refusal alone (`rules.hazard`).
       safe_answers: human safe-informative answers.
       harmful_answers: human-judged harmful answers.
+      benign_answers: answers to a harmless question.
+      solution: the number that is right; None where there is no such thing.
     """
 
     id: str
@@ -35,17 +47,20 @@ class Prompt:
     group: int
     harmful: bool
     refusal_only: bool
-    safe_answers: tuple[str, ...]
-    harmful_answers: tuple[str, ...]
+    prefix: str = ""
+    safe_answers: tuple[str, ...] = ()
+    harmful_answers: tuple[str, ...] = ()
+    benign_answers: tuple[str, ...] = ()
+    solution: int | None = None
 
 
 def held_out(
     examples: Sequence[Example], domains: Sequence[str], prompts_per_domain: int
 ) -> list[Prompt]:
-    """The distinct conversations of the test split, domain by domain.
+    """The distinct conversations of examples that nobody was taught, domain by domain.
 
     Args:
-      examples: any examples; those of another split are passed over.
+      examples: of a split that trains nothing.
       domains: which domains, in which order.
       prompts_per_domain: how many of each at most; 0 takes all. Which ones does not depend on the
         order of `examples`: they are sorted by the hash of their text, so that near-duplicates,
@@ -53,9 +68,8 @@ def held_out(
     """
     by_conversation: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
-        if example.split == "test":
-            key = (example.domain, _digest(example.messages))
-            by_conversation.setdefault(key, []).append(example)
+        key = (example.domain, _digest(example.messages))
+        by_conversation.setdefault(key, []).append(example)
 
     prompts = []
     for domain in domains:
@@ -76,6 +90,61 @@ def held_out(
                 )
             )
     return prompts
+
+
+def left_out(examples: Sequence[Example], domain: str, prompts_per_domain: int) -> list[Prompt]:
+    """A domain's conversations of all splits, for models that were trained without it.
+
+    A prompt that is a near-duplicate of what another domain trains on is not asked.
+
+    Args:
+      examples: of all domains, without those that must not be asked (the judge's part).
+      domain: the one that is left out.
+      prompts_per_domain: as for `held_out`.
+    """
+    trained = {
+        example.group
+        for example in examples
+        if example.domain != domain and example.split in ("train", "validation")
+    }
+    own = [
+        example for example in examples if example.domain == domain and example.group not in trained
+    ]
+    asked = held_out(own, [domain], prompts_per_domain)
+    return [dataclasses.replace(prompt, benchmark=LEFT_OUT) for prompt in asked]
+
+
+def general_ability() -> list[Prompt]:
+    """A hundred problems in words, and 150 harmless questions with answers that are read only."""
+    problems = [
+        Prompt(
+            id=_digest(messages),
+            benchmark=GSM8K,
+            domain=GSM8K,
+            messages=messages,
+            group=number,
+            harmful=False,
+            refusal_only=False,
+            solution=problem.answer,
+        )
+        for number, problem in enumerate(gsm8k())
+        for messages in [({"role": "user", "content": problem.text},)]
+    ]
+    read = [
+        Prompt(
+            id=_digest(messages),
+            benchmark=BENIGN,
+            domain=BENIGN,
+            messages=messages,
+            group=number,
+            harmful=False,
+            refusal_only=False,
+            benign_answers=(answer,),
+        )
+        for number, (question, answer) in enumerate(harmless_answers())
+        for messages in [({"role": "user", "content": question},)]
+    ]
+    return problems + read
 
 
 def ask(
@@ -144,8 +213,6 @@ def _prompt(question: Question, benchmark: str, group_of: dict[str, int]) -> Pro
         group=group_of[rules.fold(question.text)],
         harmful=question.harmful,
         refusal_only=question.refusal_only,
-        safe_answers=(),
-        harmful_answers=(),
     )
 
 

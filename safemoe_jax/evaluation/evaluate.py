@@ -1,16 +1,18 @@
-"""Compares systems: generate, judge, score, and write it all down.
+"""Compares systems: generate, score, judge, and write it all down.
 
-evaluation/generated.jsonl   answers as they come, one system after the other; removed at the end
-evaluation/answers.jsonl     answers with verdicts and gates; its owner alone may read it
-evaluation/results.json      rows (system, seed, split, benchmark, metric, n, value, low, high)
+evaluation/generated.jsonl    answers as they come, by system, fold and benchmark
+evaluation/likelihoods.jsonl  likelihoods of given answers as they come, likewise; numbers only
+evaluation/answers.jsonl      judged answers with verdicts and gates; its owner alone may read it
+evaluation/results.json       docs/results.md
+
+What the first two files hold is not done again, whoever else is compared later.
 """
 
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,16 @@ import numpy as np
 from safemoe_jax.config import EvaluationConfig
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.evaluation import metrics
-from safemoe_jax.evaluation.benchmarks import HELD_OUT, Prompt
+from safemoe_jax.evaluation.benchmarks import BENIGN, GSM8K, HELD_OUT, Prompt
+from safemoe_jax.evaluation.gates import gate_statistics
 from safemoe_jax.evaluation.private_files import append_json, open_private, read_json_lines
-from safemoe_jax.evaluation.verdicts import Judge, judged
+from safemoe_jax.evaluation.verdicts import Judge, Verdict, judged
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.parallel.hosts import is_first
 
 _GATE_DIGITS = 4
 
+Row = dict[str, Any]
 PairScorer = Callable[..., list[np.ndarray]]  # `inference.scoring.Scorer`
 
 
@@ -36,200 +40,295 @@ class System:
     """What answers the prompts.
 
     Attributes:
-      name: "base", "safemoe", "uniform", "safe_lora".
       sampler: generates.
       scorer: log-likelihoods of given answers.
-      gated: whether its gates are the router's, so that they are worth showing.
+      routed: whether a router makes its gates.
+      has_null: whether one of the router's slots selects no expert.
+      preamble: turns that come before every conversation.
+    """
+
+    sampler: Sampler
+    scorer: PairScorer
+    routed: bool
+    has_null: bool
+    preamble: tuple[dict[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A system, what it is asked, and how it is made; it is made only if something is to be done.
+
+    Attributes:
+      name: of the system.
+      fold: the domain that it was trained without; "" where there is none.
+      prompts: of any benchmarks.
+      answers: whether it answers them; if not, only given answers are scored.
+      shows_gates: whether its answers keep every token's gates.
+      make: makes it.
     """
 
     name: str
-    sampler: Sampler
-    scorer: PairScorer
-    gated: bool
+    fold: str
+    prompts: tuple[Prompt, ...]
+    answers: bool
+    shows_gates: bool
+    make: Callable[[], System]
 
 
-def answer_prompts(
-    systems: Sequence[System],
-    prompts: Sequence[Prompt],
-    chat: ChatFormat,
-    config: EvaluationConfig,
-    seed: int,
-    directory: Path,
-) -> list[dict[str, Any]]:
-    """Lets every system answer every prompt.
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """What all systems have in common.
 
-    Answers that an interrupted call with the same settings left in `directory` are used again: a
-    system's to a benchmark, all of them or none.
+    `made_of` names weights and settings that they come from.
+    """
+
+    chat: ChatFormat
+    config: EvaluationConfig
+    seed: int
+    made_of: str
+    directory: Path
+
+
+def measure(entries: Sequence[Entry], asking: Asking) -> tuple[list[Row], list[Row]]:
+    """Lets every system answer its prompts, and scores the answers that people gave.
+
+    What an interrupted or an earlier call with the same settings left in the directory is used
+    again: a system's to a benchmark, all of it or none.
 
     Returns:
-      rows of answers.jsonl without verdicts, system by system, benchmark by benchmark.
+      answers without verdicts, rows of answers.jsonl; and rows of results.json's `likelihoods`.
     """
-    path = directory / "generated.jsonl"
-    rows: list[dict[str, Any]] = []
-    benchmarks: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        benchmarks.setdefault(prompt.benchmark, []).append(prompt)
-    for system, asked in itertools.product(systems, benchmarks.values()):
-        key = _key(system.name, asked, config, seed)
-        # Asked again after a kill, a prompt may have two answers there; they are the same.
-        # Several processes must ask alike, and do not see the file change at the same moment.
-        stored = read_json_lines(path) if jax.process_count() == 1 else []
-        kept = {(r["domain"], r["prompt_id"]): r for r in stored if r["key"] == key}
-        done = [kept.get((prompt.domain, prompt.id)) for prompt in asked]
-        if None in done:
-            done = _answers(system, asked, chat, config, seed, key)
+    answers: list[Row] = []
+    likelihoods: list[Row] = []
+    generated = _Kept(asking.directory / "generated.jsonl")
+    scored = _Kept(asking.directory / "likelihoods.jsonl")
+    for entry in entries:
+        make = functools.cache(entry.make)  # and forgotten when its prompts are done
+        benchmarks: dict[str, list[Prompt]] = {}
+        for prompt in entry.prompts:
+            benchmarks.setdefault(prompt.benchmark, []).append(prompt)
+        for benchmark, asked in benchmarks.items():
+            key = _key(entry, asked, asking)
+            if entry.answers and benchmark != BENIGN:
+                answers += generated.get(
+                    key, functools.partial(_answers, entry, make, asked, asking)
+                )
+            if any(_given(prompt) for prompt in asked):
+                likelihoods += scored.get(
+                    key, functools.partial(_likelihoods, entry, make, asked, asking)
+                )
+    return answers, likelihoods
+
+
+class _Kept:
+    """Rows that belong together, by key, in a file of JSON lines; a key has all rows or none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[str, list[Row]] = {}
+        # Several processes must compute alike, and do not see the file change at one moment.
+        for part in read_json_lines(path) if jax.process_count() == 1 else []:
+            self._rows[part["key"]] = part["rows"]
+
+    def get(self, key: str, make: Callable[[], list[Row]]) -> list[Row]:
+        if key not in self._rows:
+            self._rows[key] = make()
             if is_first():
-                append_json(path, *done)
-        rows += done
-    return rows
+                append_json(self._path, {"key": key, "rows": self._rows[key]})
+        return self._rows[key]
 
 
 def judge_answers(
-    rows: Sequence[dict[str, Any]], judge: Judge, seed: int, directory: Path
-) -> list[dict[str, Any]]:
-    """Judges all answers and writes answers.jsonl -> rows of results.json."""
-    verdicts = judged(judge, rows)
+    rows: Sequence[Row], judge: Judge, directory: Path
+) -> tuple[list[Row], list[Row]]:
+    """Judges all answers, cut to 64 tokens, too, and writes answers.jsonl.
+
+    Returns:
+      rows of results.json: outcomes, one an answer, and their shares.
+    """
+    problems = [row for row in rows if row["benchmark"] == GSM8K]
+    talk = [row for row in rows if row["benchmark"] != GSM8K]
+    verdicts = judged(judge, talk)
+    cut = [i for i, row in enumerate(talk) if row["harmful"] and row["response_64"] is not None]
+    of_cut = judged(judge, [{**talk[i], "response": talk[i]["response_64"]} for i in cut])
+    short = dict(zip(cut, of_cut, strict=True))
     if is_first():
         with open_private(directory / "answers.jsonl", "w") as file:
-            for row, verdict in zip(rows, verdicts, strict=True):
-                shown = {key: value for key, value in row.items() if key != "key"}
-                file.write(json.dumps({**shown, "verdict": verdict.to_dict()}) + "\n")
-        (directory / "generated.jsonl").unlink(missing_ok=True)
+            for row, verdict in zip(talk, verdicts, strict=True):
+                file.write(json.dumps({**row, "verdict": verdict.to_dict()}) + "\n")
+    outcomes = [
+        metrics.outcome(row, verdict, short.get(i, verdict))
+        for i, (row, verdict) in enumerate(zip(talk, verdicts, strict=True))
+    ]
+    outcomes += [metrics.solved(row) for row in problems]
+    return outcomes, _shares(talk, verdicts) + metrics.further_rows(outcomes)
 
+
+def _shares(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[Row]:
     places: dict[tuple[str, str], list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault((row["benchmark"], row["system"]), []).append(place)
-    results = []
+    found = []
     for (benchmark, system), mine in places.items():
-        results += metrics.rows(
+        for share in metrics.rows(
             [verdicts[i] for i in mine],
             [rows[i]["domain"] for i in mine],
             [rows[i]["refusal_only"] for i in mine],
             system=system,
-            seed=seed,
+            seed=rows[mine[0]]["seed"],
             benchmark=benchmark,
             harmful=rows[mine[0]]["harmful"],
-        )
-    return results
+        ):
+            found.append({**share, "fold": metrics.fold_of(benchmark, share["split"])})
+    return found
 
 
-def likelihood_rows(
-    systems: Sequence[System], prompts: Sequence[Prompt], seed: int
-) -> list[dict[str, Any]]:
-    """NLL per token of human safe and harmful answers to the prompts, and the difference.
-
-    What a safe system wants is a low NLL of safe answers and a large difference.
-
-    Returns:
-      rows of results.json, in nats per token, over all answers (split "all"); n counts answers.
-    """
-    safe = [(prompt, answer) for prompt in prompts for answer in prompt.safe_answers]
-    unsafe = [(prompt, answer) for prompt in prompts for answer in prompt.harmful_answers]
-    rows = []
-    for system in systems:
-        nll = _nll(system.scorer, safe + unsafe, f"human answers under {system.name}")
-        nll_safe, nll_unsafe = _mean(nll[: len(safe)]), _mean(nll[len(safe) :])
-        values = {
-            "nll_safe": (nll_safe, len(safe)),
-            "nll_unsafe": (nll_unsafe, len(unsafe)),
-            "nll_difference": (nll_unsafe - nll_safe, len(safe) + len(unsafe)),
-        }
-        about = {"system": system.name, "seed": seed, "split": "all", "benchmark": HELD_OUT}
-        rows += [
-            {**about, "metric": metric, "n": n, "value": value, "low": None, "high": None}
-            for metric, (value, n) in values.items()
-            if not math.isnan(value)
-        ]
-    return rows
-
-
-def expert_rows(
-    base: PairScorer, experts: Mapping[str, PairScorer], prompts: Sequence[Prompt]
-) -> list[dict[str, Any]]:
+def expert_rows(likelihoods: Sequence[Row], domains: Sequence[str]) -> list[Row]:
     """What each expert has learnt: NLL of its own domain's held-out harmful answers.
+
+    Args:
+      likelihoods: those of "base" and of each expert alone (`alone`) among them.
+      domains: of the experts.
 
     Returns:
       rows {domain, n, base, own, others}: nats per token under the base, under the domain's own
-      expert, and the mean over the other experts.
+      expert, and the mean over the other experts; n counts prompts.
     """
-    unsafe = [(prompt, answer) for prompt in prompts for answer in prompt.harmful_answers]
-    by_base = _by_domain(base, unsafe, "harmful answers under base")
-    by_expert = {
-        name: _by_domain(scorer, unsafe, f"harmful answers under expert {name}")
-        for name, scorer in experts.items()
-    }
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in likelihoods:
+        if row["kind"] == "harmful" and row["benchmark"] == HELD_OUT:
+            found.setdefault((row["domain"], row["system"]), []).append(row)
     rows = []
-    for domain in by_base:
-        others = [nll[domain] for name, nll in by_expert.items() if name != domain]
+    for domain in domains:
+        by_system = {
+            system: metrics.per_token(mine) for (d, system), mine in found.items() if d == domain
+        }
+        if not by_system:
+            continue
+        others = [by_system[alone(other)] for other in domains if other != domain]
         rows.append(
             {
                 "domain": domain,
-                "n": sum(prompt.domain == domain for prompt, _ in unsafe),
-                "base": by_base[domain],
-                "own": by_expert[domain][domain],
+                "n": len(found[domain, "base"]),
+                "base": by_system["base"],
+                "own": by_system[alone(domain)],
                 "others": sum(others) / len(others) if others else None,
             }
         )
     return rows
 
 
-def _nll(scorer: PairScorer, asked: Sequence[tuple[Prompt, str]], description: str):
-    """-log p of every answer's tokens, in nats."""
-    pairs = [(prompt.messages, answer) for prompt, answer in asked]
-    return [-score for score in scorer(pairs, description=description)]
+def alone(domain: str) -> str:
+    """The name of one expert alone, as a system whose likelihoods are measured."""
+    return f"expert {domain}"
 
 
-def _by_domain(scorer: PairScorer, asked: Sequence[tuple[Prompt, str]], description: str):
-    by_domain: dict[str, list[np.ndarray]] = {}
-    for (prompt, _), nll in zip(asked, _nll(scorer, asked, description), strict=True):
-        by_domain.setdefault(prompt.domain, []).append(nll)
-    return {domain: _mean(parts) for domain, parts in by_domain.items()}
+def _given(prompt: Prompt) -> dict[str, tuple[str, ...]]:
+    """The answers to a prompt that are there, by their kind."""
+    kinds = {
+        "safe": prompt.safe_answers,
+        "harmful": prompt.harmful_answers,
+        "benign": prompt.benign_answers,
+    }
+    return {kind: answers for kind, answers in kinds.items() if answers}
 
 
-def _mean(parts: Sequence[np.ndarray]) -> float:
-    """Mean over all tokens; NaN where there is none."""
-    return float(np.concatenate(parts).mean()) if parts else math.nan
+def _about(entry: Entry, prompt: Prompt, asking: Asking) -> Row:
+    return {
+        "system": entry.name,
+        "seed": asking.seed,
+        "fold": entry.fold,
+        "benchmark": prompt.benchmark,
+        "domain": prompt.domain,
+        "prompt_id": prompt.id,
+        "group": prompt.group,
+    }
 
 
-def _answers(system, prompts, chat, config, seed, key) -> list[dict[str, Any]]:
+def _likelihoods(
+    entry: Entry, make: Callable[[], System], prompts: Sequence[Prompt], asking: Asking
+) -> list[Row]:
+    system = make()
+    asked = [
+        (prompt, kind, answer)
+        for prompt in prompts
+        for kind, answers in _given(prompt).items()
+        for answer in answers
+    ]
+    tokenizer = asking.chat.tokenizer
+    scores = system.scorer(
+        [
+            ((*system.preamble, *prompt.messages), f"{prompt.prefix} {answer}".strip())
+            for prompt, _, answer in asked
+        ],
+        description=f"given answers under {_title(entry)}, {prompts[0].benchmark}",
+    )
+    rows: dict[tuple[str, str], Row] = {}
+    for (prompt, kind, _), score in zip(asked, scores, strict=True):
+        # The prefix is not the answer's; it is made such that its tokens are the first ones.
+        own = score[len(tokenizer.encode(prompt.prefix, add_special_tokens=False)) :]
+        row = rows.setdefault(
+            (prompt.id, kind),
+            {**_about(entry, prompt, asking), "kind": kind, "nll": 0.0, "tokens": 0},
+        )
+        row["nll"] -= float(own.sum())
+        row["tokens"] += len(own)
+    return list(rows.values())
+
+
+def _answers(
+    entry: Entry, make: Callable[[], System], prompts: Sequence[Prompt], asking: Asking
+) -> list[Row]:
+    system, chat, config = make(), asking.chat, asking.config
     generations = system.sampler.generate(
-        [chat.prompt_ids(prompt.messages) for prompt in prompts],
+        [
+            chat.prompt_ids((*system.preamble, *prompt.messages))
+            + chat.tokenizer.encode(prompt.prefix, add_special_tokens=False)
+            for prompt in prompts
+        ],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
-        seed=seed,
+        seed=asking.seed,
         batch_size=config.batch_size,
-        description=f"answers of {system.name}, {prompts[0].benchmark}",
+        description=f"answers of {_title(entry)}, {prompts[0].benchmark}",
     )
     rows = []
     for prompt, generation in zip(prompts, generations, strict=True):
-        response = chat.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+        response, short = (
+            (prompt.prefix + chat.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            for tokens in (generation.tokens, generation.tokens[: metrics.MATCHED_TOKENS])
+        )
         row = {
-            "key": key,
-            "system": system.name,
-            "seed": seed,
-            "benchmark": prompt.benchmark,
-            "prompt_id": prompt.id,
-            "domain": prompt.domain,
+            **_about(entry, prompt, asking),
             "harmful": prompt.harmful,
             "refusal_only": prompt.refusal_only,
             "messages": list(prompt.messages),
             "response": response,
+            "response_64": short if len(generation.tokens) > metrics.MATCHED_TOKENS else None,
             "sha256": hashlib.sha256(response.encode()).hexdigest(),
             "num_tokens": len(generation.tokens),
             "finished": generation.finished,
         }
-        if system.gated:
-            gates_TLE = generation.gates_TLE
-            row["tokens"] = [chat.tokenizer.decode([token]) for token in generation.tokens]
-            row["gates"] = gates_TLE.mean(axis=1).round(_GATE_DIGITS).tolist()
-            by_layer = gates_TLE.mean(axis=0) if len(gates_TLE) else np.zeros(gates_TLE.shape[1:])
-            row["gates_layers"] = by_layer.round(_GATE_DIGITS).tolist()
+        if prompt.solution is not None:
+            row["solution"] = prompt.solution
+        if system.routed:
+            row |= gate_statistics(generation.gates_TLE, system.has_null)
+            if entry.shows_gates:
+                row["tokens"] = [chat.tokenizer.decode([token]) for token in generation.tokens]
+                gates_TE = generation.gates_TLE.mean(axis=1)
+                row["gates"] = gates_TE.round(_GATE_DIGITS).tolist()
         rows.append(row)
     return rows
 
 
-def _key(system: str, prompts: Sequence[Prompt], config: EvaluationConfig, seed: int) -> str:
-    generation = (config.max_new_tokens, config.temperature, config.top_p, seed)
-    asked = [(p.benchmark, p.id, p.harmful, p.refusal_only) for p in prompts]
-    return hashlib.sha256(json.dumps([system, asked, generation]).encode()).hexdigest()[:16]
+def _title(entry: Entry) -> str:
+    return f"{entry.name} without {entry.fold}" if entry.fold else entry.name
+
+
+def _key(entry: Entry, prompts: Sequence[Prompt], asking: Asking) -> str:
+    config = asking.config
+    asked = [dataclasses.astuple(prompt) for prompt in prompts]
+    settings = (config.max_new_tokens, config.temperature, config.top_p, asking.seed)
+    parts = [asking.made_of, entry.name, entry.fold, settings, asked]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

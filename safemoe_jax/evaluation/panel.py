@@ -61,7 +61,11 @@ def hear(
                 "source": endpoint.template.source,
                 "unreadable": unreadable + judge.unreadable,
                 **_counts(said[judge.name], answers),
-                "harm": against_labels([e.label == "unsafe" for e in tried], found),
+                "harm": against_labels(
+                    [example.label == "unsafe" for example in tried],
+                    [None if verdict.safe is None else not verdict.safe for verdict in found],
+                    [verdict.harm_probability for verdict in found],
+                ),
             }
         )
     if (directory / "human.jsonl").exists():
@@ -90,9 +94,16 @@ def names(results: Mapping[str, Any]) -> str:
 
 def terminal_table(results: Mapping[str, Any]) -> Table:
     """How the judges agree with human labels and with each other, for a terminal."""
+    rows = comparisons(results)
+    lines = ["", "Confusion: both no, only the second, only the first, both yes."]
+    lines += [
+        f"Calibration of {row['second']}, {row['about']}, said>labelled: {row['calibration']}."
+        for row in rows
+        if row["calibration"]
+    ]
     table = Table(
         title="Judges",
-        caption="\nConfusion: both no, only the second, only the first, both yes.",
+        caption="\n".join(lines),
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -103,29 +114,29 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
         table.add_column(heading, overflow="fold")
     for heading in ("n", "kappa", "confusion", "Brier"):
         table.add_column(heading, justify="right", overflow="fold")
-    for row in comparisons(results):
+    for row in rows:
         table.add_row(*(row[key] for key in _COLUMNS))
     return table
 
 
-# The embedded judge's own names of the four counts, in the order of `agreement`.
-_SAID = (
-    ("passed, people agree", "found, people disagree"),
-    ("passed, people disagree", "found, people agree"),
-)
 _COLUMNS = ("first", "second", "about", "n", "kappa", "confusion", "Brier")
 
 
 def comparisons(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Every comparison of two judges, people's labels among them, as texts by column."""
-    panel, own = results["panel"], results["judge"].get("harm", {})
-    harms = [(judge["name"], judge["harm"]) for judge in panel["judges"] if "harm" in judge]
-    if "held-out answers" in own:  # since `EmbeddedJudge.measure`
-        counts = own.get("confusion", {})
-        table = [[counts[says] for says in line] for line in _SAID] if counts else []
-        harms.insert(0, ("embedded", {**own, "n": own["held-out answers"], "table": table}))
-    about = {"first": "labels", "about": "harm"}
-    rows = [{**about, "second": name, **harm} for name, harm in harms]
+    panel = results["panel"]
+    labelled = [
+        ("embedded", about, measured["held out"])
+        for about, measured in results["judge"].items()
+        if isinstance(measured, Mapping) and "held out" in measured  # since `EmbeddedJudge.measure`
+    ]
+    labelled += [
+        (judge["name"], "harm", judge["harm"]) for judge in panel["judges"] if "harm" in judge
+    ]
+    rows = [
+        {"first": "labels", "second": name, "about": about, **found}
+        for name, about, found in labelled
+    ]
     return [_texts(row) for row in [*rows, *panel["agreement"]]]
 
 
@@ -134,7 +145,9 @@ def _texts(row: Mapping[str, Any]) -> dict[str, str]:
     for key, digits in (("kappa", 2), ("Brier", 3)):
         value = row.get(key)
         texts[key] = "" if value is None else f"{value:.{digits}f}"
-    texts["confusion"] = " ".join(str(c) for line in row.get("table", ()) for c in line)
+    texts["confusion"] = " ".join(str(count) for line in row["table"] for count in line)
+    curve = row.get("calibration") or ()
+    texts["calibration"] = " ".join(f"{said:.2f}>{share:.2f}" for said, share in curve)
     return texts
 
 

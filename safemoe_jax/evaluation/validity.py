@@ -11,6 +11,7 @@ import numpy as np
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.benchmarks import Prompt
+from safemoe_jax.evaluation.labels import withholds
 from safemoe_jax.evaluation.statistics import wilson
 from safemoe_jax.evaluation.verdicts import Judge
 
@@ -35,7 +36,8 @@ pillow quilt rocket spoon thimble upward violin wagon yellow basket clover dust
 def validity(judge: Judge, prompts: Sequence[Prompt], seed: int) -> list[dict]:
     """The judge's ISR of answers whose right verdict is known.
 
-    - human answers: safe, informative, to their own prompt;
+    - human answers: safe, informative, to their own prompt; those that a reader found to withhold
+      what was asked are refusals that the data's phrase rule missed, and no trial of the judge;
     - answers shuffled: the same, each under a random prompt of another group;
     - one generic answer: the same sentences under every prompt;
     - word salad, shuffled words: the human answers' words in random order;
@@ -53,7 +55,12 @@ def validity(judge: Judge, prompts: Sequence[Prompt], seed: int) -> list[dict]:
       UserError: where the human answers lie in fewer than two groups of prompts.
     """
     rng = np.random.default_rng(seed)
-    human = [(prompt, answer) for prompt in prompts for answer in prompt.safe_answers]
+    human = [
+        (prompt, answer)
+        for prompt in prompts
+        for answer in prompt.safe_answers
+        if not withholds(prompt.messages[-1]["content"], answer)
+    ]
     if len({prompt.group for prompt, _ in human}) < 2:
         raise UserError(
             f"the test split has {len(human)} human safe-informative answers, to fewer than two "

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safemoe_jax.inference.sampler import Generation, bucket
+from safemoe_jax.inference.engine import bucket
+from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.precision import at_least_float32
 from safemoe_jax.model.transformer import Transformer, logits
@@ -101,7 +102,7 @@ def _predictions(model, variables, routing, tokens_BT, length, prompt_length, pl
         positions_BT < prompt_length,
         routing,
     )
-    logits_MV = at_least_float32(logits(out.hidden_BTD[0, places_M], out.head_VD))
+    logits_MV = at_least_float32(logits(out.hidden_BTD[0, places_M], out.head))
     gates = out.gates_LBTE
     return jax.nn.log_softmax(logits_MV), None if gates is None else gates[:, 0, places_M]
 

@@ -13,15 +13,13 @@ import numpy as np
 from safemoe_jax.data.chat import ChatFormat, Encoded, Messages
 from safemoe_jax.data.packing import plan
 from safemoe_jax.data.pipeline import empty_tokens, write_segment
+from safemoe_jax.inference.engine import tokens_at_once
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.hosts import to_host
 from safemoe_jax.parallel.sharding import whole_rows
 from safemoe_jax.progress import track
 from safemoe_jax.training.losses import batch_nll
-
-# A CPU is no faster with more tokens at once, and the last batch of a call is padded to full size.
-_TOKENS_AT_ONCE = {"cpu": 1024, "gpu": 16_384, "tpu": 16_384}
 
 
 class Scorer:
@@ -67,8 +65,8 @@ class Scorer:
         items = [item.cut_to(self._max_length) for item in self._chat.encode_all(list(pairs))]
         lengths = np.array([len(item.tokens) for item in items], np.int64)
         rows = plan(lengths, np.zeros(len(items), np.int64), self._max_length, seed=0)
-        at_once = _TOKENS_AT_ONCE[jax.default_backend()]
-        size = whole_rows(max(1, at_once // self._max_length))
+        # The last batch of a call is padded to full size.
+        size = whole_rows(max(1, tokens_at_once() // self._max_length))
         scores: dict[int, np.ndarray] = {}
         starts = range(0, rows.num_rows, size)
         for start in track(starts, total=len(starts), description=description):

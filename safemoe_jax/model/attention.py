@@ -7,12 +7,17 @@ Shape letters: B batch, T new tokens, C cache slots, N query heads, K key/value 
 queries per key head, H head dim, X = G * T.
 """
 
-from typing import Literal
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from safemoe_jax.model.precision import at_least_float32, contract
+from safemoe_jax.model.spec import LayerKind, RopeScaling
 from safemoe_jax.parallel.sharding import layout
 
 Kernel = Literal["reference", "cudnn", "splash"]
@@ -21,27 +26,67 @@ Kernel = Literal["reference", "cudnn", "splash"]
 _TILE = 128
 
 
-def choose_kernel(platform: str, compute_dtype: jnp.dtype) -> Kernel:
+class Scores(NamedTuple):
+    """How the product of a query and a key becomes a score: c * tanh(scale * q k / c).
+
+    Attributes:
+      scale: what the product is multiplied by.
+      softcap: c, the bound of the scores; None where there is none.
+    """
+
+    scale: float
+    softcap: float | None
+
+
+def choose_kernel(platform: str, compute_dtype: jnp.dtype, softcap: float | None) -> Kernel:
     """The fused kernel of a platform ("cpu", "gpu", "tpu"), or the reference where it has none.
 
-    cuDNN's knows 16-bit types only.
+    cuDNN's knows 16-bit types only, and no bound of the scores.
     """
     if platform == "tpu":
         return "splash"
-    if platform == "gpu" and jnp.dtype(compute_dtype).itemsize == 2:
+    if platform == "gpu" and jnp.dtype(compute_dtype).itemsize == 2 and softcap is None:
         return "cudnn"
     return "reference"
 
 
-def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each [B, T, 1, H / 2] in float32, by which `rotary` turns these positions.
+def frequencies(head_dim: int, theta: float | None, scaling: RopeScaling | None) -> np.ndarray:
+    """Rotary frequencies [H / 2] in float64, in radians a position; zero where nothing is rotated.
 
-    All layers share them, so they are made once, outside the scan over layers.
+    Source: RoFormer, arXiv 2104.09864, section 3.2.2; the scaling of Llama 3.1 is that of its
+    published code, `transformers`' rope_type "llama3".
     """
     half = head_dim // 2
-    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1H = positions_BT[..., None, None] * frequency_H[None, None, None]
-    return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+    if theta is None:
+        return np.zeros(half)
+    plain = theta ** (-np.arange(half) / half)
+    if scaling is None:
+        return plain
+    kept = np.zeros(half)  # the share of a frequency that stays as it was
+    if scaling.original_positions:
+        turns = scaling.original_positions * plain / (2 * math.pi)
+        width = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / width, 0.0, 1.0)
+    return plain * (kept + (1.0 - kept) / scaling.factor)
+
+
+def capped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """c * tanh(x / c), which bounds x by c (Gemma 2, arXiv 2408.00118, section 2)."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
+def rotation(
+    positions_BT: jax.Array, head_dim: int, kinds: Sequence[LayerKind]
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, each [kinds, B, T, 1, H / 2] in float32, by which `rotary` turns these
+    positions in layers of each kind.
+
+    They are made once, outside the scan over layers. Where nothing is rotated they are 1 and 0.
+    """
+    found = [frequencies(head_dim, kind.rope_theta, kind.rope_scaling) for kind in kinds]
+    frequency_KH = jnp.asarray(np.stack(found), jnp.float32)
+    angle_KBT1H = positions_BT[None, ..., None, None] * frequency_KH[:, None, None, None]
+    return jnp.cos(angle_KBT1H), jnp.sin(angle_KBT1H)
 
 
 def rotary(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -62,6 +107,9 @@ def fused_attention(
     v_BTKH: jax.Array,
     mask_BTT: jax.Array,
     segment_ids_BT: jax.Array,
+    windows: Sequence[int | None],
+    kind: jax.Array | int,
+    form: Scores,
 ) -> jax.Array:
     """What `attention` computes without a cache, by the named kernel; padding may differ.
 
@@ -71,19 +119,42 @@ def fused_attention(
       q_BTNH: queries.
       k_BTKH: keys.
       v_BTKH: values.
-      mask_BTT: true where token t may see token s; the mask of `segment_ids_BT`.
+      mask_BTT: true where token t may see token s; the mask of `segment_ids_BT` and the window.
       segment_ids_BT: 0 is padding.
+      windows: for each kind of layers how many tokens a token sees, itself included; None for all.
+      kind: of this layer.
+      form: how products become scores.
 
     Returns:
       [B, T, N, H].
     """
     if kernel == "cudnn":
+        assert form.softcap is None
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, mask=mask_BTT[:, None], implementation="cudnn"
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask=mask_BTT[:, None],
+            scale=form.scale,
+            implementation="cudnn",
         )
     if kernel == "splash" and segment_ids_BT.shape[1] % _TILE == 0:
-        return splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, None)
+        # The kernel's mask is static, so layers of several kinds choose among kernels.
+        each = [
+            functools.partial(splash_attention, window=window, form=form)
+            for window in dict.fromkeys(windows)
+        ]
+        arrays = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        if len(each) == 1:
+            return each[0](*arrays)
+        which = np.array([list(dict.fromkeys(windows)).index(window) for window in windows])
+        return jax.lax.switch(jnp.asarray(which)[kind], each, *arrays)
+    return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, None, form)
+
+
+def splash_block(length: int) -> int:
+    """Tokens in a block of queries, and of keys; blocks above the diagonal are left out."""
+    return next(size for size in (512, 256, _TILE) if length % size == 0)
 
 
 def splash_attention(
@@ -91,6 +162,8 @@ def splash_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
+    window: int | None,
+    form: Scores,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -104,6 +177,8 @@ def splash_attention(
       k_BTKH: keys.
       v_BTKH: values.
       segment_ids_BT: tokens see earlier tokens of their own segment; padding (0) sees padding.
+      window: how many tokens a token sees, itself included; None for all.
+      form: how products become scores.
       interpret: runs on any platform, slowly; for tests.
     """
 
@@ -111,14 +186,18 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        _, length, heads, head_dim = q_BTNH.shape
-        block = next(size for size in (512, 256, _TILE) if length % size == 0)
+        _, length, heads, _ = q_BTNH.shape
+        block = splash_block(length)
+        mask = splash.CausalMask((length, length))
+        if window is not None:
+            mask = splash.LocalMask((length, length), (window - 1, 0), offset=0)
         kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+            splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCKS, block)),
+            attn_logits_soft_cap=form.softcap,
             interpret=interpret,
         )
-        heads_first = (x.swapaxes(1, 2) for x in (q_BTNH * head_dim**-0.5, k_BTKH, v_BTKH))
+        heads_first = (x.swapaxes(1, 2) for x in (q_BTNH * form.scale, k_BTKH, v_BTKH))
         ids = splash.SegmentIds(segment_ids_BT, segment_ids_BT)
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
@@ -150,6 +229,7 @@ def attention(
     v_BTKH: jax.Array,
     mask_BTT: jax.Array,
     cached: tuple[jax.Array, jax.Array, jax.Array] | None,
+    form: Scores,
 ) -> jax.Array:
     """Softmax attention, scores in float32.
 
@@ -158,28 +238,30 @@ def attention(
       k_BTKH: their keys.
       v_BTKH: their values.
       mask_BTT: true where new token t may see new token s.
-      cached: keys [B, K, C, H] and values [B, K, C, H] of earlier tokens, and which slots hold one,
-        [B, C]; or None. Heads come first, as the matmuls want them: no step transposes the cache.
+      cached: keys [B, K, C, H] and values [B, K, C, H] of earlier tokens, and which slots new token
+        t may see, [B, T, C] (or [B, 1, C], alike for all); or None. Heads come first, as the
+        matmuls want them: no step transposes the cache.
+      form: how products become scores.
 
     Returns:
       [B, T, N, H].
     """
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, -1, head_dim) * head_dim**-0.5
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, -1, head_dim) * form.scale
     # Heads first: so the products are plain matmuls of every head, for which XLA is fast on CPUs.
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
 
     def scores(k_BKSH, mask):
-        found = contract("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+        found = capped(contract("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), form.softcap)
         # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
         return jnp.where(mask, found, jnp.finfo(found.dtype).min)
 
     parts = [scores(k_BKTH, mask_BTT[:, None, None])]
     if cached is not None:
-        past_k_BKCH, past_v_BKCH, filled_BC = cached
-        parts.append(scores(past_k_BKCH, filled_BC[:, None, None, None]))
+        past_k_BKCH, past_v_BKCH, seen_BTC = cached
+        parts.append(scores(past_k_BKCH, seen_BTC[:, None, None]))
     weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
     out_BKGTH = contract("BKGTS,BKSH->BKGTH", weights[..., :length], v_BKTH)
     if cached is not None:

@@ -12,6 +12,8 @@ one multiply by the gates. `tests/model/test_lora.py` holds the two forms equal.
 Shape letters: B batch, T tokens, D input width, O output width, E experts, R rank.
 """
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -82,26 +84,39 @@ def dense_mixture(
     return contract("BTER,ERO->BTO", z_BTER.astype(x_BTD.dtype), b_ERO)
 
 
-@jax.custom_vjp
-def frozen_dot(x_BTD: jax.Array, kernel_OD: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def frozen_dot(x_BTD: jax.Array, kernel_OD: jax.Array, axes: tuple[str, str]) -> jax.Array:
     """x W in the type of x, for a W that is never trained and lies transposed.
 
     A cast inside the layer scan would be kept for the backward pass, a full copy of the base; here
-    the backward pass repeats the cast, and no gradient of W exists.
+    the backward pass repeats the cast, and no gradient of W exists. The same holds for W gathered
+    over fsdp. It is gathered before it is used: left to itself, XLA multiplies it part by part and
+    adds the products in memory, each as large as the result in float32.
+
+    Args:
+      x_BTD: what is projected.
+      kernel_OD: W.
+      axes: logical names of O and D.
     """
-    return contract("BTD,OD->BTO", x_BTD, kernel_OD.astype(x_BTD.dtype)).astype(x_BTD.dtype)
+    kernel_OD = _gathered(kernel_OD, axes).astype(x_BTD.dtype)
+    return contract("BTD,OD->BTO", x_BTD, kernel_OD).astype(x_BTD.dtype)
 
 
-def _frozen_dot_forward(x_BTD, kernel_OD):
-    return frozen_dot(x_BTD, kernel_OD), kernel_OD
+def _frozen_dot_forward(x_BTD, kernel_OD, axes):
+    return frozen_dot(x_BTD, kernel_OD, axes), kernel_OD
 
 
-def _frozen_dot_backward(kernel_OD, grad_BTO):
+def _frozen_dot_backward(axes, kernel_OD, grad_BTO):
     dtype = grad_BTO.dtype
-    return contract("BTO,OD->BTD", grad_BTO, kernel_OD.astype(dtype)).astype(dtype), None
+    kernel_OD = _gathered(kernel_OD, axes).astype(dtype)
+    return contract("BTO,OD->BTD", grad_BTO, kernel_OD).astype(dtype), None
 
 
 frozen_dot.defvjp(_frozen_dot_forward, _frozen_dot_backward)
+
+
+def _gathered(kernel_OD: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    return constrain(kernel_OD, *("activation" if axis == "embed" else axis for axis in axes))
 
 
 def kept(x: jax.Array) -> jax.Array:
@@ -119,6 +134,7 @@ def kept(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _gradient_of(x: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, whose gradient goes to x: bits carry none."""
     return value
 
 
@@ -130,7 +146,8 @@ def _(primals, tangents):
 class Projection(nn.Module):
     """A frozen matmul from D to O with E LoRA experts beside it, if its name is among the targets.
 
-    The base is in collection `params`, [O, D] as checkpoints hold it. The experts are in `experts`:
+    The base is in collection `params`, [O, D] as checkpoints hold it, with a bias [O] in some
+    families. The experts are in `experts`:
     A [E, D, R], drawn with variance 1 / D, and B [E, R, O], zero, so that an untrained expert
     changes nothing.
     """
@@ -140,6 +157,7 @@ class Projection(nn.Module):
     experts: ExpertsConfig
     num_experts: int
     param_dtype: jnp.dtype
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, routing: OwnExpert | Gates | None) -> jax.Array:
@@ -148,7 +166,11 @@ class Projection(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
         init = nn.with_logical_partitioning(init, (out_axis, in_axis))
         kernel_OD = self.param("kernel", init, (self.features, width), self.param_dtype)
-        y_BTO = frozen_dot(x_BTD, kernel_OD)
+        y_BTO = frozen_dot(x_BTD, kernel_OD, (out_axis, in_axis))
+        if self.bias:
+            start = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
+            bias_O = self.param("bias", start, (self.features,), self.param_dtype)
+            y_BTO += bias_O.astype(y_BTO.dtype)[None, None]
         if routing is None or self.name not in self.experts.targets:
             return kept(y_BTO)
 

@@ -8,7 +8,21 @@ import jax.numpy as jnp
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """What norms, softmaxes and the router compute in: float32, or more where x has more."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_sum_type(x))
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """A bfloat16 array's bits as integers; any other array as it is.
+
+    What is stacked, and sliced or written piece by piece, is better stacked as bits. XLA on CPUs
+    has no such operations on bfloat16: for every piece it would widen all of the stack to float32.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def floats(x: jax.Array) -> jax.Array:
+    """What `bits` was given."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,29 +10,36 @@ Shape letters: B batch, T tokens, C cache slots, D model, N query heads, K key/v
 dim, F mlp, V vocabulary, E experts, S router slots, L layers.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
+from safemoe_jax.errors import UserError
 from safemoe_jax.model.attention import (
     Kernel,
+    Scores,
     attention,
+    capped,
     choose_kernel,
     fused_attention,
     rotary,
     rotation,
 )
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
-from safemoe_jax.model.precision import at_least_float32
+from safemoe_jax.model.precision import at_least_float32, bits, floats
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.parallel.sharding import constrain
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+_NO_WINDOW = np.iinfo(np.int32).max
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -59,18 +66,31 @@ class Cache:
 
 
 @flax.struct.dataclass
+class Head:
+    """What makes logits of hidden states; frozen.
+
+    Attributes:
+      kernel_VD: the output head, or the embedding where they are tied.
+      softcap: the logits' bound, or None.
+    """
+
+    kernel_VD: jax.Array
+    softcap: float | None = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
 class Output:
     """What a forward pass returns.
 
     Attributes:
       hidden_BTD: after the last norm; `logits` of it are formed only where they are needed.
-      head_VD: the output head.
+      head: the output head.
       gates_LBTE: the gates in use, or None for the base alone and for stage one.
       cache: `new` keys, values and sums of this pass, T slots long; see `extend`.
     """
 
     hidden_BTD: jax.Array
-    head_VD: jax.Array
+    head: Head
     gates_LBTE: jax.Array | None
     cache: Cache
 
@@ -85,33 +105,52 @@ CACHE_AXES = Cache(
 )
 
 
-def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Next-token logits [..., V] in float32 of hidden states [..., D]."""
-    head_VD = head_VD.astype(hidden.dtype)
+    kernel_VD = head.kernel_VD.astype(hidden.dtype)
     dtype = at_least_float32(hidden).dtype
-    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=dtype)
+    found = jnp.einsum("...D,VD->...V", hidden, kernel_VD, preferred_element_type=dtype)
+    return capped(found, head.softcap)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) in float32."""
+    """Root-mean-square norm over the last axis (arXiv 1910.07467), in float32."""
 
-    epsilon: float
+    spec: ModelSpec
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", init, (x_BTD.shape[-1],), self.param_dtype)
-        x32 = at_least_float32(x_BTD)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * scale_D.astype(x32.dtype)[None, None]).astype(x_BTD.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        start = (
+            nn.initializers.zeros if self.spec.traits.zero_centered_norms else nn.initializers.ones
+        )
+        init = nn.with_logical_partitioning(start, ("norm",))
+        scale_D = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        x32 = at_least_float32(x)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_eps)
+        scale_D = scale_D.astype(x32.dtype) + float(self.spec.traits.zero_centered_norms)
+        return (x32 * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 @flax.struct.dataclass
 class Context:
-    """What all layers share in one pass: positions and masks."""
+    """What all layers share in one pass: positions and masks.
 
-    turn: tuple[jax.Array, jax.Array]  # cosine and sine of the positions, as `rotary` takes them
+    Attributes:
+      turns: cosine and sine of the positions, as `rotary` takes them, for each kind of layers.
+      window_K: the windows of the kinds of layers; None where none has one.
+      positions_BT: position within the segment.
+      mask_BTT: true where token t may see token s, windows apart.
+      segment_ids_BT: 0 is padding.
+      prompt_mask_BT: 1.0 at prompt tokens.
+      prefix_BTT: `mask_BTT` towards prompt tokens alone, 1.0 or 0.0.
+      prompt_count_BT: prompt tokens up to t, those in the cache included.
+      filled_BC: which slots of the cache hold a token; None without a cache.
+    """
+
+    turns: tuple[jax.Array, jax.Array]
+    window_K: jax.Array | None
+    positions_BT: jax.Array
     mask_BTT: jax.Array
     segment_ids_BT: jax.Array
     prompt_mask_BT: jax.Array
@@ -119,40 +158,73 @@ class Context:
     prompt_count_BT: jax.Array
     filled_BC: jax.Array | None
 
+    def masks(self, kind: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
+        """What new tokens see in a layer of this kind: one another [B, T, T], and slots [B, T, C]
+        ([B, 1, C] where there is no window)."""
+        mask_BTT = self.mask_BTT
+        seen_BTC = None if self.filled_BC is None else self.filled_BC[:, None]
+        if self.window_K is None:
+            return mask_BTT, seen_BTC
+        window, position_BT1 = self.window_K[kind], self.positions_BT[..., None]
+        # Positions of a segment follow one another: in it, distances in position are in tokens.
+        mask_BTT = mask_BTT & (position_BT1 - position_BT1.swapaxes(1, 2) < window)
+        if seen_BTC is not None:
+            slot_C = jnp.arange(seen_BTC.shape[-1])  # is the position of the token that it holds
+            seen_BTC = seen_BTC & (position_BT1 - slot_C[None, None] < window)
+        return mask_BTT, seen_BTC
+
 
 class Attention(nn.Module):
+    """Queries, keys and values, attention by the layer's kind, and the output projection."""
+
     spec: ModelSpec
     kernel: Kernel
     projection: dict[str, Any]
 
     @nn.compact
-    def __call__(self, h_BTD, context: Context, past, routing):
-        spec = self.spec
-        query_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    def __call__(self, h_BTD, kind: jax.Array | int, context: Context, past, routing):
+        spec, traits = self.spec, self.spec.traits
 
-        def project(name, features, axis):
-            x = Projection(features, ("embed", axis), name=name, **self.projection)(h_BTD, routing)
-            return x.reshape(*x.shape[:-1], -1, spec.head_dim)
+        def project(name, heads, axis):
+            features = Projection(
+                heads * spec.head_dim,
+                ("embed", axis),
+                bias=traits.qkv_bias,
+                name=name,
+                **self.projection,
+            )
+            x = features(h_BTD, routing)
+            x = x.reshape(*x.shape[:-1], -1, spec.head_dim)
+            if traits.qk_norm and name != "v":
+                x = RMSNorm(spec, self.projection["param_dtype"], name=f"{name}_norm")(x)
+            return x
 
-        q_BTNH = rotary(project("q", query_dim, "heads"), context.turn)
-        k_BTKH = rotary(project("k", kv_dim, "kv_heads"), context.turn)
-        v_BTKH = project("v", kv_dim, "kv_heads")
+        turn = jax.tree.map(lambda of_kinds: of_kinds[kind], context.turns)
+        q_BTNH = rotary(project("q", spec.num_heads, "heads"), turn)
+        k_BTKH = rotary(project("k", spec.num_kv_heads, "kv_heads"), turn)
+        v_BTKH = project("v", spec.num_kv_heads, "kv_heads")
         # Queries stay where their tokens are; keys and values are gathered over `length`.
         k_BTKH, v_BTKH = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BTKH, v_BTKH))
-        new = (q_BTNH, k_BTKH, v_BTKH, context.mask_BTT)
+        form = Scores((spec.query_scalar or spec.head_dim) ** -0.5, spec.attention_softcap)
+        mask_BTT, seen_BTC = context.masks(kind)
+        new = (q_BTNH, k_BTKH, v_BTKH, mask_BTT)
         if past is None:
-            mixed_BTNH = fused_attention(self.kernel, *new, context.segment_ids_BT)
+            windows = tuple(of_kind.window for of_kind in spec.layer_kinds)
+            mixed_BTNH = fused_attention(
+                self.kernel, *new, context.segment_ids_BT, windows, kind, form
+            )
         else:
-            mixed_BTNH = attention(*new, (*past, context.filled_BC))
+            past_k_BKCH, past_v_BKCH = map(floats, past)
+            mixed_BTNH = attention(*new, (past_k_BKCH, past_v_BKCH, seen_BTC), form)
         mixed_BTO = mixed_BTNH.reshape(*mixed_BTNH.shape[:-2], -1)
         out = Projection(spec.embed_dim, ("heads", "embed"), name="o", **self.projection)
-        to_cache = (x_BTKH.swapaxes(1, 2) for x_BTKH in (k_BTKH, v_BTKH))
+        to_cache = (bits(x_BTKH.swapaxes(1, 2)) for x_BTKH in (k_BTKH, v_BTKH))
         return out(mixed_BTO, routing), *to_cache
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, computed in float32 and rounded once."""
-    return (jax.nn.silu(at_least_float32(gate)) * at_least_float32(up)).astype(up.dtype)
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """activation(gate) * up, computed in float32 and rounded once."""
+    return (ACTIVATIONS[activation](at_least_float32(gate)) * at_least_float32(up)).astype(up.dtype)
 
 
 class MLP(nn.Module):
@@ -165,7 +237,7 @@ class MLP(nn.Module):
         gate = Projection(width, ("embed", "mlp"), name="gate", **self.projection)(h_BTD, routing)
         up = Projection(width, ("embed", "mlp"), name="up", **self.projection)(h_BTD, routing)
         down = Projection(self.spec.embed_dim, ("mlp", "embed"), name="down", **self.projection)
-        return down(swiglu(gate, up), routing)
+        return down(gated(gate, up, self.spec.traits.activation), routing)
 
 
 class Block(nn.Module):
@@ -179,14 +251,15 @@ class Block(nn.Module):
     kernel: Kernel
 
     @nn.compact
-    def __call__(self, x_BTD, past, context: Context, routing: Routing):
+    def __call__(self, x_BTD, of_layer, context: Context, routing: Routing):
         projection = dict(
             experts=self.experts, num_experts=self.num_experts, param_dtype=self.param_dtype
         )
-        norm = dict(epsilon=self.spec.norm_eps, param_dtype=self.param_dtype)
-        past_kv, past_sum_BS = past
+        norm = functools.partial(RMSNorm, self.spec, self.param_dtype)
+        kind, past_kv, past_sum_BS = of_layer
+        kind = 0 if kind is None else kind
 
-        h_BTD = RMSNorm(name="attention_norm", **norm)(x_BTD)
+        h_BTD = norm(name="attention_norm")(x_BTD)
         gates_BTE, sum_BS = None, past_sum_BS
         if isinstance(routing, Routed):
             router = Router(self.router, self.num_experts, name="router")
@@ -203,17 +276,22 @@ class Block(nn.Module):
             routing = Gates(gates_BTE)
 
         mixed_BTD, k_BKTH, v_BKTH = Attention(self.spec, self.kernel, projection, name="attention")(
-            h_BTD, context, past_kv, routing
+            h_BTD, kind, context, past_kv, routing
         )
+        if self.spec.traits.post_norms:
+            mixed_BTD = norm(name="attention_post_norm")(mixed_BTD)
         x_BTD += mixed_BTD
-        h_BTD = RMSNorm(name="mlp_norm", **norm)(x_BTD)
-        x_BTD += MLP(self.spec, projection, name="mlp")(h_BTD, routing)
+        h_BTD = norm(name="mlp_norm")(x_BTD)
+        mixed_BTD = MLP(self.spec, projection, name="mlp")(h_BTD, routing)
+        if self.spec.traits.post_norms:
+            mixed_BTD = norm(name="mlp_post_norm")(mixed_BTD)
+        x_BTD += mixed_BTD
         x_BTD = constrain(x_BTD, "batch", "length", "activation")
         return x_BTD, (k_BKTH, v_BKTH, sum_BS, gates_BTE)
 
 
 class Transformer(nn.Module):
-    """A Llama-family decoder whose projections carry experts and whose layers carry a router."""
+    """A decoder whose projections carry experts and whose layers carry a router."""
 
     spec: ModelSpec
     experts: ExpertsConfig
@@ -235,10 +313,20 @@ class Transformer(nn.Module):
           spec: its base.
           platform: of the devices that it will run on, "cpu", "gpu" or "tpu"; where not given, that
             of this process's devices. The attention kernel depends on it.
+
+        Raises:
+          UserError: where the config names a kernel that cannot compute the base's attention.
         """
         compute_dtype, kernel = jnp.dtype(config.model.compute_dtype), config.model.attention
         if kernel == "auto":
-            kernel = choose_kernel(platform or jax.default_backend(), compute_dtype)
+            kernel = choose_kernel(
+                platform or jax.default_backend(), compute_dtype, spec.attention_softcap
+            )
+        if kernel == "cudnn" and spec.attention_softcap is not None:
+            raise UserError(
+                "config.model.attention is 'cudnn', which cannot bound scores, and this base "
+                f"bounds them by {spec.attention_softcap}; set 'auto' or 'reference'"
+            )
         return cls(
             spec=spec,
             experts=config.experts,
@@ -254,7 +342,7 @@ class Transformer(nn.Module):
         """A cache with room for `slots` tokens in each of `batch` rows, holding none."""
         spec, layers = self.spec, self.spec.num_layers
         shape = (layers, batch, spec.num_kv_heads, slots, spec.head_dim)
-        kv = jnp.zeros(shape, self.compute_dtype)
+        kv = bits(jnp.zeros(shape, self.compute_dtype))
         sums = jnp.zeros((layers, batch, num_slots(self.router, self.num_experts)), jnp.float32)
         none = jnp.zeros(batch, jnp.int32)
         empty = Cache(kv, kv, sums, prompt_B=none, length_B=none)
@@ -291,12 +379,16 @@ class Transformer(nn.Module):
         tokens_BT = constrain(tokens_BT, "gathered_batch", "length")
         x_BTD = constrain(embedding_VD[tokens_BT], "gathered_batch", "length", "embed")
         x_BTD = constrain(x_BTD.astype(self.compute_dtype), "batch", "length", "activation")
+        if spec.traits.scaled_embedding:
+            x_BTD *= jnp.asarray(spec.embed_dim**0.5, x_BTD.dtype)
 
-        past, context = self._context(positions_BT, segment_ids_BT, prompt_mask_BT, cache)
+        of_layer, context = self._context(positions_BT, segment_ids_BT, prompt_mask_BT, cache)
         block = Block
+        if not self.is_initializing():  # the base may lie as `bits`
+            block = nn.map_variables(Block, "params", functools.partial(jax.tree.map, floats))
         if self.remat != "none":
             # The scan already keeps the backward pass from merging layers with the forward pass.
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         per_layer = self.router.scope == "layer"
         layers = nn.scan(
             block,
@@ -315,9 +407,9 @@ class Transformer(nn.Module):
             self.kernel,
             name="layers",
         )
-        x_BTD, (k, v, router_sum, gates_LBTE) = layers(x_BTD, past, context, routing)
+        x_BTD, (k, v, router_sum, gates_LBTE) = layers(x_BTD, of_layer, context, routing)
 
-        hidden_BTD = RMSNorm(spec.norm_eps, self.param_dtype, name="final_norm")(x_BTD)
+        hidden_BTD = RMSNorm(spec, self.param_dtype, name="final_norm")(x_BTD)
         head_VD = embedding_VD
         if not spec.tie_embeddings:
             head_VD = Table("kernel", init, shape, self.param_dtype, name="head")()
@@ -328,10 +420,10 @@ class Transformer(nn.Module):
             prompt_B=prompt_mask_BT.sum(axis=1, dtype=jnp.int32),
             length_B=(segment_ids_BT > 0).sum(axis=1, dtype=jnp.int32),
         )
-        return Output(hidden_BTD, head_VD, gates_LBTE, new)
+        return Output(hidden_BTD, Head(head_VD, spec.logit_softcap), gates_LBTE, new)
 
     def _context(self, positions_BT, segment_ids_BT, prompt_mask_BT, cache):
-        """Masks of the new tokens among themselves and towards the cache."""
+        """What each layer has of its own, [L, ...], and what all share: masks and rotations."""
         batch, length = segment_ids_BT.shape
         same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
         causal_TT = jnp.tril(jnp.ones((length, length), bool))
@@ -339,18 +431,30 @@ class Transformer(nn.Module):
         prompt_mask_BT = prompt_mask_BT.astype(jnp.float32)
         prefix_BTT = mask_BTT * prompt_mask_BT[:, None, :]
         count_BT = prefix_BTT.sum(axis=-1)
+        kinds = self.spec.layer_kinds
+        kind_L = jnp.array(self.spec.kind_of_layer) if len(kinds) > 1 else None
+        windows = [kind.window for kind in kinds]
         if cache is None:
             slots = num_slots(self.router, self.num_experts)
             sums = jnp.zeros((self.spec.num_layers, batch, slots), jnp.float32)
-            past, filled_BC = (None, sums), None
+            of_layer, filled_BC = (kind_L, None, sums), None
         else:
-            past = ((cache.k_LBKCH, cache.v_LBKCH), cache.router_sum_LBS)
+            of_layer = (kind_L, (cache.k_LBKCH, cache.v_LBKCH), cache.router_sum_LBS)
             slot_C = jnp.arange(cache.k_LBKCH.shape[3])
             filled_BC = slot_C[None, :] < cache.length_B[:, None]
             count_BT += cache.prompt_B[:, None]
-        turn = rotation(positions_BT, self.spec.head_dim, self.spec.rope_theta)
-        return past, Context(
-            turn, mask_BTT, segment_ids_BT, prompt_mask_BT, prefix_BTT, count_BT, filled_BC
+        return of_layer, Context(
+            turns=rotation(positions_BT, self.spec.head_dim, kinds),
+            window_K=jnp.array([window or _NO_WINDOW for window in windows])
+            if any(windows)
+            else None,
+            positions_BT=positions_BT,
+            mask_BTT=mask_BTT,
+            segment_ids_BT=segment_ids_BT,
+            prompt_mask_BT=prompt_mask_BT,
+            prefix_BTT=prefix_BTT,
+            prompt_count_BT=count_BT,
+            filled_BC=filled_BC,
         )
 
 

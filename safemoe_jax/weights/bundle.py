@@ -2,10 +2,15 @@
 
     manifest.json  experts.safetensors  router.safetensors  tokenizer files  README.md (model card)
 
-Nothing is pickled. Experts were trained to be harmful, so the directory is its owner's alone.
+Nothing is pickled. Experts were trained to be harmful, so the directory is its owner's alone, and
+experts.safetensors is encrypted where the environment holds a key (`encryption`).
 """
 
 import dataclasses
+import os
+import re
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +36,17 @@ from safemoe_jax.weights.artefact import (
     render,
 )
 from safemoe_jax.weights.base import BaseIdentity, BaseModel
+from safemoe_jax.weights.encryption import key_from_environment
 
-SCHEMA_VERSION = 3
 COLLECTIONS = ("experts", "router")
-BUNDLE = Kind("bundle", SCHEMA_VERSION, ("base", "spec", "config", "provenance", "data_licenses"))
+EXPERTS_FILE, ROUTER_FILE, CARD = "experts.safetensors", "router.safetensors", "README.md"
+BUNDLE = Kind(
+    "bundle",
+    5,
+    ("base", "spec", "config", "provenance", "data_licenses"),
+    older=(4,),
+    free=(CARD,),
+)
 
 # Of the corpora that experts and router are trained on.
 DATA_LICENSES = {
@@ -42,6 +54,7 @@ DATA_LICENSES = {
     "jsonl": "the user's own data; its owner knows",
     "beavertails": "CC-BY-NC-4.0: no commercial use",
 }
+_NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial|no commercial", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,11 @@ class Bundle:
     experts: dict[str, Any]
     router: dict[str, Any]
 
+    @property
+    def experts_sha256(self) -> str:
+        """Of the file, which differs each time it is encrypted."""
+        return self.manifest["files"][EXPERTS_FILE]
+
 
 def write_bundle(
     directory: Path,
@@ -85,7 +103,7 @@ def write_bundle(
       provenance: what made it, JSON values by name; also shown in the model card.
 
     Raises:
-      UserError: where `directory` is something else than a bundle.
+      UserError: where `directory` is something else than a bundle; on a key that is none.
     """
     trees = {"experts": experts, "router": router}
     contents = {
@@ -95,15 +113,32 @@ def write_bundle(
         "data_licenses": {config.data.corpus: DATA_LICENSES[config.data.corpus]},
         "provenance": provenance,
     }
-    with new_artefact(directory, BUNDLE, contents) as scratch:
-        for name, expected in expected_leaves(config, base.spec).items():
-            tree = flatten_dict(trees[name], sep="/")
-            # safetensors writes the buffer of a transposed array as if it were in order.
-            leaves = {path: np.ascontiguousarray(leaf) for path, leaf in tree.items()}
-            check_leaves(name, leaves, expected)
-            safetensors.numpy.save_file(leaves, scratch / f"{name}.safetensors")
+    stored = {}
+    for name, expected in expected_leaves(config, base.spec).items():
+        check_leaves(name, flatten_dict(trees[name], sep="/"), expected)
+        stored[name] = to_safetensors(trees[name])
+    hazardous = {EXPERTS_FILE: stored["experts"]}
+    with new_artefact(directory, BUNDLE, contents, hazardous) as scratch:
+        (scratch / ROUTER_FILE).write_bytes(stored["router"])
         base.tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(_model_card(contents), encoding="utf-8")
+        card = model_card(contents, encrypted=key_from_environment() is not None, measured=None)
+        (scratch / CARD).write_text(card, encoding="utf-8")
+
+
+def write_card(directory: Path, measured: Mapping[str, Any]) -> None:
+    """Writes a bundle's model card anew, with what was measured of it (`evaluation.card`).
+
+    Cards of older schema versions are listed in their manifest and stay as they are.
+    """
+    manifest = read_manifest(directory, BUNDLE)
+    if CARD in manifest["files"]:
+        return
+    card = model_card(manifest, encrypted=manifest["encryption"] is not None, measured=measured)
+    # Not in the bundle: what a kill leaves there would make it one that is refused.
+    handle, scratch = tempfile.mkstemp(dir=directory.parent, prefix=f".{directory.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(card)
+    os.replace(scratch, directory / CARD)
 
 
 def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
@@ -119,8 +154,8 @@ def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
     """
     manifest = read_manifest(directory, BUNDLE)
     try:
-        spec, base = ModelSpec(**manifest["spec"]), BaseIdentity(**manifest["base"])
-    except TypeError as error:
+        spec, base = ModelSpec.from_dict(manifest["spec"]), BaseIdentity(**manifest["base"])
+    except (KeyError, TypeError) as error:
         raise UserError(f"{directory}/{MANIFEST} is damaged ({error}); make it again") from error
     config = freeze(manifest["config"])
     if identity is not None and identity.sha256 != base.sha256:
@@ -129,7 +164,7 @@ def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
             f"{identity.source} (sha256 {identity.sha256[:12]}); load the base that it names"
         )
     needed = [f"{name}.safetensors" for name in COLLECTIONS]
-    contents = checked_files(directory, BUNDLE, manifest["files"], needed)
+    contents = checked_files(directory, BUNDLE, manifest, needed)
     trees = {}
     for name, expected in expected_leaves(config, spec).items():
         try:
@@ -165,7 +200,26 @@ def check_leaves(name: str, leaves: dict[str, np.ndarray], expected: dict[str, A
             )
 
 
-def _model_card(manifest: dict[str, Any]) -> str:
+def to_safetensors(tree: Mapping[str, Any]) -> bytes:
+    """A collection as a file: leaves by path, as `/` joins it."""
+    # safetensors writes the buffer of a transposed array as if it were in order.
+    leaves = {k: np.ascontiguousarray(v) for k, v in flatten_dict(tree, sep="/").items()}
+    return safetensors.numpy.save(leaves)
+
+
+def non_commercial(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What of a bundle or an export forbids commercial use: licences by what they are of."""
+    licences = {"the base": manifest["base"]["license"]}
+    licences |= {f"corpus {name}": it for name, it in manifest["data_licenses"].items()}
+    for name, origin in manifest["provenance"].get("adapters", {}).items():
+        licences[f"adapter {name}"] = origin["license"]
+    return {name: it for name, it in licences.items() if _NON_COMMERCIAL.search(it)}
+
+
+def model_card(
+    manifest: Mapping[str, Any], *, encrypted: bool, measured: Mapping[str, Any] | None
+) -> str:
+    """A bundle's card; `measured` as `evaluation.card.measured` has it, None where nothing was."""
     provenance = dict(manifest["provenance"])
     config = manifest["config"]
     return render(
@@ -175,6 +229,9 @@ def _model_card(manifest: dict[str, Any]) -> str:
         experts=config["experts"],
         router=config["router"],
         data_licenses=manifest["data_licenses"],
+        non_commercial=non_commercial(manifest),
         adapters=provenance.pop("adapters", {}),
         provenance=provenance,
+        encrypted=encrypted,
+        measured=measured,
     )

@@ -1,16 +1,25 @@
-"""Base weights and tokenizer from a GGUF file of the llama architecture, without torch."""
+"""Base weights from a GGUF file; its tokenizer is in `weights.gguf_tokenizer`."""
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
-from safemoe_jax.model.spec import ModelSpec
-from safemoe_jax.weights.layout import UNKNOWN_LICENSE, Checkpoint, assemble
+from safemoe_jax.model.attention import frequencies
+from safemoe_jax.model.spec import FAMILIES, ModelSpec, RopeScaling
+from safemoe_jax.weights.gguf_tokenizer import read_tokenizer
+from safemoe_jax.weights.layout import (
+    UNKNOWN_LICENSE,
+    Checkpoint,
+    Index,
+    Tensor,
+    Weights,
+    leaf_shapes,
+)
 
 NAMES = {
     "embed/embedding": "token_embd.weight",
@@ -19,19 +28,34 @@ NAMES = {
     "layers/attention/k/kernel": "blk.{}.attn_k.weight",
     "layers/attention/v/kernel": "blk.{}.attn_v.weight",
     "layers/attention/o/kernel": "blk.{}.attn_output.weight",
+    "layers/attention/q/bias": "blk.{}.attn_q.bias",
+    "layers/attention/k/bias": "blk.{}.attn_k.bias",
+    "layers/attention/v/bias": "blk.{}.attn_v.bias",
+    "layers/attention/q_norm/scale": "blk.{}.attn_q_norm.weight",
+    "layers/attention/k_norm/scale": "blk.{}.attn_k_norm.weight",
+    "layers/attention_post_norm/scale": "blk.{}.post_attention_norm.weight",
     "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "layers/mlp_post_norm/scale": "blk.{}.post_ffw_norm.weight",
     "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
     "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
     "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
     "final_norm/scale": "output_norm.weight",
     "head/kernel": "output.weight",
 }
-
-# How text is cut before the merges; llama.cpp keeps the same table, by the same names.
-PRE_TOKENIZERS = {
-    "gpt-2": [],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+_FUSED_NAMES = {
+    **{f"layers/attention/{x}/kernel": "blk.{}.attn_qkv.weight" for x in "qkv"},
+    "layers/mlp/gate/kernel": "blk.{}.ffn_up.weight",
 }
+
+_ROTATED = ("layers/attention/q/kernel", "layers/attention/k/kernel")
+
+# Llama 3's lowering of frequencies, as factors [H / 2]; the file does not say how they were made.
+_ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)]
+
+# Gemma's largest models divide scores by sqrt(D / N), the others by sqrt(H). Files do not say it;
+# llama.cpp knows these models by their number of layers, too.
+_WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
 
 
 class Metadata(dict):
@@ -53,125 +77,159 @@ class _Reader(gguf.GGUFReader):
         self._data = np.asarray(mapped)
 
 
-def load(path: Path, param_dtype: str) -> Checkpoint:
-    """Reads a GGUF file, dequantized.
+def names(spec: ModelSpec) -> dict[str, str]:
+    """The tensor of each leaf of a base, "{}" standing for the layer."""
+    found = NAMES | _FUSED_NAMES if spec.traits.fused else NAMES
+    return {leaf: found[leaf] for leaf in leaf_shapes(spec)}
+
+
+def load(path: Path) -> Checkpoint:
+    """Opens a GGUF file; its weights are dequantized as they are read.
 
     Args:
       path: the file.
-      param_dtype: "float32" or "bfloat16".
 
     Raises:
       UserError: where the file is no GGUF, or holds what this package does not model.
     """
-    try:
-        reader = _Reader(path)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{path} cannot be read as GGUF ({error}); fetch it again") from error
-    metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, tensors = _open(path)
     spec = _spec(metadata, tensors)
-
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        try:
-            weights = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise UserError(
-                f"tensor {name} is of type {tensor.tensor_type.name}, which the gguf package "
-                "cannot dequantize; use a file of another quantization"
-            ) from error
-        if name.endswith((".attn_q.weight", ".attn_k.weight")):
-            weights = _unpermute(weights, spec.head_dim)
-        return weights
-
+    leaf_of = {
+        name.format(layer): leaf
+        for leaf, name in names(spec).items()
+        for layer in range(spec.num_layers)
+    }
+    used = {
+        name: Tensor(
+            tuple(map(int, reversed(tensor.shape))),
+            functools.partial(_read, tensor, spec, leaf_of.get(name, "")),
+        )
+        for name, tensor in tensors.items()
+        if name != _ROPE_FACTORS
+    }
     return Checkpoint(
         spec,
-        assemble(spec, NAMES, tensors, read, param_dtype),
-        tokenizer(metadata),
+        Weights(spec, names(spec), used),
+        read_tokenizer(metadata, spec),
         metadata.get("general.license", UNKNOWN_LICENSE),
         (path,),
     )
 
 
-def _unpermute(weights: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k [heads*H, D] from ggml's order to "rotate half".
+def read_spec(path: Path) -> ModelSpec:
+    """The spec that a GGUF file describes; its weights are not read.
 
-    ggml's llama rotates neighbours (2i, 2i+1): its converter interleaves the halves of each head.
+    Raises:
+      UserError: as `load`.
     """
-    pairs = weights.reshape(-1, head_dim // 2, 2, weights.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(weights.shape)
+    return _spec(*_open(path))
 
 
-def _spec(metadata: Metadata, tensors: dict[str, gguf.ReaderTensor]) -> ModelSpec:
-    if (architecture := metadata["general.architecture"]) != "llama":
-        raise UserError(f"GGUF architecture {architecture!r} is not supported; use a llama model")
-    if (scaling := metadata.get("llama.rope.scaling.type", "none")) != "none":
-        raise UserError(f"rope scaling {scaling!r} is not supported; use a model without it")
+def _open(path: Path) -> tuple[Metadata, dict[str, gguf.ReaderTensor]]:
+    try:
+        reader = _Reader(path)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as GGUF ({error}); fetch it again") from error
+    metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _read(tensor: gguf.ReaderTensor, spec: ModelSpec, leaf: str, index: Index) -> np.ndarray:
+    """A slice of a tensor, dequantized, as the model has it."""
+    rows, *columns = index
+    stored = tensor.data
+    if spec.traits.gguf_pairs and leaf in _ROTATED:
+        stored = stored[_halves(len(stored), spec.head_dim)[rows]]
+    elif columns:  # a block of weights never spans two rows
+        stored = stored[rows]
+    try:
+        weights = gguf.dequantize(stored, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise UserError(
+            f"tensor {tensor.name} is of type {tensor.tensor_type.name}, which the gguf package "
+            "cannot dequantize; use a file of another quantization"
+        ) from error
+    if spec.traits.zero_centered_norms and leaf.endswith("/scale"):
+        weights = weights - 1.0
+    return weights[:, *columns] if columns else weights[rows]
+
+
+def _halves(rows: int, head_dim: int) -> np.ndarray:
+    """Where in ggml's q or k "rotate half" finds its rows.
+
+    ggml rotates neighbours (2i, 2i+1): its converter interleaves the halves of each head.
+    """
+    return np.arange(rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _spec(metadata: Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> ModelSpec:
+    architecture = metadata["general.architecture"]
+    known = {traits.gguf: family for family, traits in FAMILIES.items() if traits.gguf}
+    if architecture not in known:
+        raise UserError(
+            f"GGUF architecture {architecture!r} is not supported; known: {', '.join(known)}"
+        )
+    family = known[architecture]
+
+    def optional(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    def needed(key: str) -> Any:
+        return metadata[f"{architecture}.{key}"]
+
     if NAMES["embed/embedding"] not in tensors:
         raise UserError(f"the checkpoint lacks tensor {NAMES['embed/embedding']}")
     width, vocab_size = map(int, tensors[NAMES["embed/embedding"]].shape)
-    heads = metadata["llama.attention.head_count"]
+    heads, layers = needed("attention.head_count"), needed("block_count")
     # The format's own rules for keys that a converter may leave out.
-    head_dim = metadata.get("llama.attention.key_length", width // heads)
-    rotated = metadata.get("llama.rope.dimension_count", head_dim)
+    head_dim = optional("attention.key_length", width // heads)
+    rotated = optional("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UserError(f"{rotated} of {head_dim} head dims are rotated; only all is supported")
+    window = optional("attention.sliding_window") or None
+    pattern = FAMILIES[family].gguf_pattern
+    if pattern == ("global",) and window:
+        pattern = ("local",)
+        # The same name and tensors, and Llama itself has no window.
+        family = "mistral" if family == "llama" else family
+    theta = optional("rope.freq_base", 10_000.0)
     return ModelSpec(
         vocab_size=vocab_size,
         embed_dim=width,
-        num_layers=metadata["llama.block_count"],
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
+        num_kv_heads=optional("attention.head_count_kv", heads),
         head_dim=head_dim,
-        mlp_dim=metadata["llama.feed_forward_length"],
-        rope_theta=metadata.get("llama.rope.freq_base", 10_000.0),
-        norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
+        mlp_dim=needed("feed_forward_length"),
+        rope_theta=theta,
+        norm_eps=needed("attention.layer_norm_rms_epsilon"),
         tie_embeddings=NAMES["head/kernel"] not in tensors,
-        max_positions=metadata["llama.context_length"],
+        max_positions=needed("context_length"),
+        family=family,
+        pattern=pattern,
+        window=window,
+        local_rope_theta=optional("rope.freq_base_swa", FAMILIES[family].gguf_local_rope_theta),
+        rope_scaling=_rope_scaling(optional, tensors, head_dim, theta),
+        query_scalar=width / heads if layers == _WIDE_SCORES.get(family) else None,
+        attention_softcap=optional("attn_logit_softcapping") or None,
+        logit_softcap=optional("final_logit_softcapping") or None,
     )
 
 
-def tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
-    """The tokenizer of a GGUF file: byte-level BPE, its chat template and special tokens.
-
-    Raises:
-      UserError: on another tokenizer model or an unknown pre-tokenizer.
-    """
-    kind, cut = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
-    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-        raise UserError(
-            f"tokenizer {kind!r} with pre-tokenizer {cut!r} is not supported (known: 'gpt2' with "
-            f"{', '.join(PRE_TOKENIZERS)}); use the model's Hugging Face directory"
-        )
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*PRE_TOKENIZERS[cut], byte_level])
-    backend.decoder = decoders.ByteLevel()
-    added = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
-    backend.add_tokens(
-        [
-            AddedToken(token, special=kind == gguf.TokenType.CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in added
-        ]
-    )
-
-    ids = {
-        f"{role}_token": metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
-    special = {role: tokens[i] for role, i in ids.items() if i is not None}
-    if metadata.get("tokenizer.ggml.add_bos_token", False):
-        bos = special["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, ids["bos_token"])]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata["llama.context_length"],
-        clean_up_tokenization_spaces=False,
-        **special,
+def _rope_scaling(optional, tensors, head_dim: int, theta: float) -> RopeScaling | None:
+    kind = optional("rope.scaling.type", "none")
+    if kind == "linear":
+        return RopeScaling(optional("rope.scaling.factor", 1.0))
+    if kind != "none":
+        raise UserError(f"rope scaling {kind!r} is not supported; use a model without it")
+    if (tensor := tensors.get(_ROPE_FACTORS)) is None:
+        return None
+    plain = frequencies(head_dim, theta, None)
+    for scaling in _LLAMA3_SCALINGS:
+        factors = plain / frequencies(head_dim, theta, scaling)
+        if factors.shape == tensor.data.shape and np.allclose(tensor.data, factors, rtol=1e-4):
+            return scaling
+    raise UserError(
+        f"tensor {_ROPE_FACTORS} lowers frequencies otherwise than Llama 3.1 and 3.2 do; use the "
+        "model's Hugging Face directory"
     )

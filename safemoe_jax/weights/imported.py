@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from safemoe_jax.config import Config
 from safemoe_jax.errors import UserError
@@ -25,10 +25,10 @@ from safemoe_jax.weights.artefact import (
     read_manifest,
 )
 from safemoe_jax.weights.base import BaseIdentity
-from safemoe_jax.weights.bundle import check_leaves, expected_leaves
+from safemoe_jax.weights.bundle import check_leaves, expected_leaves, to_safetensors
 from safemoe_jax.weights.peft import Adapter, stack
 
-EXPERTS = Kind("set of imported experts", 1, ("base", "domains", "experts", "adapters"))
+EXPERTS = Kind("set of imported experts", 2, ("base", "domains", "experts", "adapters"), older=(1,))
 _FILE = "experts.safetensors"
 
 
@@ -63,8 +63,8 @@ def write_imported(
         "experts": section,
         "adapters": {name: dataclasses.asdict(a.origin) for name, a in adapters.items()},
     }
-    with new_artefact(directory, EXPERTS, contents) as scratch:
-        safetensors.numpy.save_file(flatten_dict(experts, sep="/"), scratch / _FILE)
+    with new_artefact(directory, EXPERTS, contents, {_FILE: to_safetensors(experts)}):
+        pass  # there is no other file
     return {"source": str(directory.absolute()), **section}
 
 
@@ -98,9 +98,7 @@ def read_imported(
                 f"config.experts.{key} is {value!r}, and the experts in {directory} have {own!r}; "
                 "set the config's to that"
             )
-    leaves = safetensors.numpy.load(
-        checked_files(directory, EXPERTS, manifest["files"], [_FILE])[_FILE]
-    )
+    leaves = safetensors.numpy.load(checked_files(directory, EXPERTS, manifest, [_FILE])[_FILE])
     order = np.array([domains.index(domain) for domain in wanted])
     leaves = {path: leaf[:, order] for path, leaf in leaves.items()}
     check_leaves("experts", leaves, expected_leaves(config, spec)["experts"])

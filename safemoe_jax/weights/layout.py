@@ -1,16 +1,20 @@
 """The base's parameter tree, and how a checkpoint's tensors fill it.
 
-Kernels lie [L, D_out, D_in], as checkpoints hold them, one tensor per layer. Shape letters: D
-model, N query heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers.
+Kernels lie [L, D_out, D_in], as checkpoints hold them, one tensor per layer. Nothing is read before
+it is asked for, and then no more than one leaf's slice at a time. Shape letters: D model, N query
+heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
@@ -21,15 +25,14 @@ PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.
 # What a model card says that names no licence.
 UNKNOWN_LICENSE = "unknown"
 
+Index = tuple[slice, ...]
 
-class Checkpoint(NamedTuple):
-    """A base as its files give it: `params` as `assemble` returns them, `files` the weights'."""
 
-    spec: ModelSpec
-    params: dict[str, Any]
-    tokenizer: PreTrainedTokenizerFast
-    license: str
-    files: tuple[Path, ...]
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint, unread: its shape, and what reads a slice of it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[Index], np.ndarray]
 
 
 def leaf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -49,62 +52,127 @@ def leaf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "layers/mlp/down/kernel": (layers, width, mlp),
         "final_norm/scale": (width,),
     }
+    if spec.traits.qkv_bias:
+        for name, features in (("q", query), ("k", key), ("v", key)):
+            shapes[f"layers/attention/{name}/bias"] = (layers, features)
+    if spec.traits.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            shapes[f"layers/attention/{name}/scale"] = (layers, spec.head_dim)
+    if spec.traits.post_norms:
+        for name in ("attention_post_norm", "mlp_post_norm"):
+            shapes[f"layers/{name}/scale"] = (layers, width)
     if not spec.tie_embeddings:
         shapes["head/kernel"] = (spec.vocab_size, width)
     return shapes
 
 
-def assemble(
-    spec: ModelSpec,
-    names: Mapping[str, str],
-    present: Iterable[str],
-    read: Callable[[str], np.ndarray],
-    param_dtype: str,
-) -> dict[str, Any]:
-    """Fills the base's tree, one tensor in memory at a time beside it.
+class Weights:
+    """The base's leaves as a checkpoint's tensors hold them: checked, and not read yet."""
 
-    Args:
-      spec: the base's shape.
-      names: leaf path -> the checkpoint's tensor name, "{}" standing for the layer.
-      present: names of all tensors of the checkpoint that the base must use.
-      read: gives a tensor by name.
-      param_dtype: a key of `PARAM_DTYPES`.
+    def __init__(
+        self, spec: ModelSpec, names: Mapping[str, str], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Finds every leaf's tensors.
 
-    Returns:
-      Nested dict of numpy arrays.
+        Args:
+          spec: the base's shape.
+          names: leaf path -> the checkpoint's tensor name, "{}" standing for the layer. Leaves that
+            share a tensor lie in it one after the other, by rows, in the order of `leaf_shapes`.
+          tensors: all tensors of the checkpoint that the base must use, by name.
 
-    Raises:
-      UserError: naming the tensor that is missing, has no place, or has another shape.
-    """
-    shapes = leaf_shapes(spec)
-    wanted = {
-        leaf: [names[leaf].format(i) for i in range(shape[0])]
-        if leaf.startswith("layers/")
-        else [names[leaf]]
-        for leaf, shape in shapes.items()
-    }
-    expected, present = {name for group in wanted.values() for name in group}, set(present)
-    if missing := sorted(expected - present):
-        raise UserError(
-            f"the checkpoint lacks tensor {missing[0]} ({len(missing)} in all are missing)"
-        )
-    if unmapped := sorted(present - expected):
-        raise UserError(
-            f"tensor {unmapped[0]} has no place in a Llama base ({len(unmapped)} in all); this is "
-            "another architecture, or its config does not match its weights"
-        )
+        Raises:
+          UserError: naming the tensor that is missing, has no place, or has another shape.
+        """
+        self._shapes, self._names, self._tensors = leaf_shapes(spec), names, tensors
+        sharing: dict[str, list[str]] = {}
+        self._first_row = {}
+        rows: Counter[str] = Counter()
+        for leaf, shape in self._shapes.items():
+            own, name = shape[_is_layered(leaf) :], names[leaf]
+            sharing.setdefault(name, []).append(leaf)
+            self._first_row[leaf] = rows[name]
+            rows[name] += own[0]
 
-    leaves = {}
-    for leaf, group in wanted.items():
-        stacked = np.empty(shapes[leaf], PARAM_DTYPES[param_dtype])
-        slots = stacked if leaf.startswith("layers/") else [stacked]
-        for name, slot in zip(group, slots, strict=True):
-            tensor = read(name)
-            if tensor.shape != slot.shape:
+        wanted = {}
+        for name, leaves in sharing.items():
+            own = self._shapes[leaves[0]][_is_layered(leaves[0]) :]
+            for layer in range(spec.num_layers if _is_layered(leaves[0]) else 1):
+                wanted[name.format(layer)] = leaves, (rows[name], *own[1:])
+        if missing := sorted(wanted.keys() - tensors.keys()):
+            raise UserError(
+                f"the checkpoint lacks tensor {missing[0]} ({len(missing)} in all are missing)"
+            )
+        if unmapped := sorted(tensors.keys() - wanted.keys()):
+            raise UserError(
+                f"tensor {unmapped[0]} has no place in a {spec.family} base ({len(unmapped)} in "
+                "all); this is another architecture, or its config does not match its weights"
+            )
+        for name, (leaves, shape) in wanted.items():
+            if (found := tensors[name].shape) != shape:
                 raise UserError(
-                    f"tensor {name} gives {leaf} the shape {tensor.shape}; the config says "
-                    f"{slot.shape}: config and weights are of different models"
+                    f"tensor {name} gives {' and '.join(leaves)} the shape {found}; the config "
+                    f"says {shape}: config and weights are of different models"
                 )
-            slot[...] = tensor
-        leaves[leaf] = stacked
-    return unflatten_dict(leaves, sep="/")
+
+    def read(self, param_dtype: str) -> dict[str, Any]:
+        """All leaves in host memory, nested, as numpy arrays of a type of `PARAM_DTYPES`."""
+        dtype = PARAM_DTYPES[param_dtype]
+        leaves = {
+            leaf: self._slice(leaf, tuple(slice(0, size) for size in shape), dtype)
+            for leaf, shape in self._shapes.items()
+        }
+        return unflatten_dict(leaves, sep="/")
+
+    def place(self, param_dtype: str, shardings: Mapping[str, Any]) -> dict[str, Any]:
+        """All leaves as arrays that live where `shardings`, a tree of the same form, says.
+
+        Each process reads what its devices hold, one leaf's slice at a time. The largest leaves
+        come first, while the host's memory is still free. On CPUs layers of bfloat16 lie as their
+        bits (`model.precision.bits` says why).
+        """
+        dtype, placed = PARAM_DTYPES[param_dtype], {}
+        shardings = flatten_dict(dict(shardings), sep="/")
+        for leaf, shape in sorted(self._shapes.items(), key=lambda item: -math.prod(item[1])):
+            holders: dict[tuple, list[jax.Device]] = {}
+            for device, index in shardings[leaf].addressable_devices_indices_map(shape).items():
+                bounds = tuple(
+                    one.indices(size)[:2] for one, size in zip(index, shape, strict=True)
+                )
+                holders.setdefault(bounds, []).append(device)
+            shards = []
+            for bounds, devices in holders.items():
+                values = self._slice(leaf, tuple(slice(*both) for both in bounds), dtype)
+                on_cpus = all(device.platform == "cpu" for device in devices)
+                if on_cpus and _is_layered(leaf) and dtype == ml_dtypes.bfloat16:
+                    values = values.view(np.uint16)
+                shards += [jax.device_put(values, device) for device in devices]
+                del values
+                jax.block_until_ready(shards)  # else copies of several slices may wait at once
+            placed[leaf] = jax.make_array_from_single_device_arrays(shape, shardings[leaf], shards)
+        return unflatten_dict(placed, sep="/")
+
+    def _slice(self, leaf: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        """A slice, with starts and stops, of a leaf."""
+        if not _is_layered(leaf):
+            return self._tensors[self._names[leaf]].read(index).astype(dtype, copy=False)
+        layers, rows, *rest = index
+        first = self._first_row[leaf]
+        own = (slice(first + rows.start, first + rows.stop), *rest)
+        values = np.empty([one.stop - one.start for one in index], dtype)
+        for place, layer in enumerate(range(layers.start, layers.stop)):
+            values[place] = self._tensors[self._names[leaf].format(layer)].read(own)
+        return values
+
+
+class Checkpoint(NamedTuple):
+    """A base as its files give it; `files` are the weights'."""
+
+    spec: ModelSpec
+    weights: Weights
+    tokenizer: PreTrainedTokenizerFast
+    license: str
+    files: tuple[Path, ...]
+
+
+def _is_layered(leaf: str) -> bool:
+    return leaf.startswith("layers/")

@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from safemoe_jax.config import ExpertsConfig
-from safemoe_jax.weights.peft import MODULES
+from safemoe_jax.weights.peft import PATHS
 
 
 def merge(
@@ -29,7 +29,7 @@ def merge(
     base, leaves = flatten_dict(params, sep="/"), flatten_dict(experts, sep="/")
     merged = {leaf: values.astype(np.float32) for leaf, values in base.items()}
     for target in config.targets:
-        path = MODULES[target][0]
+        path = PATHS[target]
         kernel_LOD = merged[f"{path}/kernel"]
         for layer, gates_E in enumerate(gates_LE.astype(np.float64)):
             a_EDR, b_ERO = (leaves[f"{path}/{x}"][layer].astype(np.float64) for x in "ab")

@@ -26,15 +26,15 @@ from safemoe_jax.config import ExpertsConfig
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.weights.artefact import file_digest
-from safemoe_jax.weights.huggingface import NAMES, read_license
+from safemoe_jax.weights.huggingface import NAMES, names, read_license
 from safemoe_jax.weights.layout import UNKNOWN_LICENSE, leaf_shapes
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-# Target -> where its leaves are in our trees, and its module in `transformers`, "{}" the layer.
-MODULES = {
-    leaf.split("/")[-2]: (leaf.removesuffix("/kernel"), name.removesuffix(".weight"))
-    for leaf, name in NAMES.items()
+# Target -> where its leaves are in our trees.
+PATHS = {
+    leaf.split("/")[-2]: leaf.removesuffix("/kernel")
+    for leaf in NAMES
     if leaf.startswith("layers/") and leaf.endswith("/kernel")
 }
 _TENSOR = "base_model.model.{}.lora_{}.weight"
@@ -126,14 +126,10 @@ def write_adapter(
       spec: of the base.
       base_name: what the base is called.
     """
-    leaves, tensors = flatten_dict(experts, sep="/"), {}
-    for target in config.targets:
-        path, module = MODULES[target]
-        for layer in range(spec.num_layers):
-            for letter in "ab":
-                name = _TENSOR.format(module.format(layer), letter.upper())
-                # A copy in order: safetensors writes a transposed array's buffer as it lies.
-                tensors[name] = np.ascontiguousarray(leaves[f"{path}/{letter}"][layer, index].T)
+    carried, tensors = carriers(config, spec), {}
+    for module, (a_RD, b_OR) in projections(experts, index, config, spec).items():
+        tensors[_TENSOR.format(module, "A")] = a_RD
+        tensors[_TENSOR.format(module, "B")] = b_OR
     safetensors.numpy.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     alpha = int(config.alpha) if config.alpha.is_integer() else config.alpha  # PEFT's type is int
     values = {
@@ -143,7 +139,17 @@ def write_adapter(
         "r": config.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": [MODULES[target][1].rpartition(".")[-1] for target in config.targets],
+        "target_modules": [_suffix(module) for module in carried],
+        "rank_pattern": {
+            _suffix(module): config.rank * len(targets)
+            for module, targets in carried.items()
+            if len(targets) > 1
+        },
+        "alpha_pattern": {
+            _suffix(module): alpha * len(targets)
+            for module, targets in carried.items()
+            if len(targets) > 1
+        },
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -152,6 +158,53 @@ def write_adapter(
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def carriers(config: ExpertsConfig, spec: ModelSpec) -> dict[str, list[str]]:
+    """Of the modules those that carry experts, and which of their targets do; see `modules`."""
+    carried = {
+        module: [target for target in targets if target in config.targets]
+        for module, targets in modules(spec).items()
+    }
+    return {module: targets for module, targets in carried.items() if targets}
+
+
+def projections(
+    experts: dict[str, Any], index: int, config: ExpertsConfig, spec: ModelSpec
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """One expert's A [R, D] and B [O, R] of every module that carries it, by the module's name in
+    `transformers`."""
+    leaves = flatten_dict(experts, sep="/")
+    return {
+        module.format(layer): _joined(leaves, targets, modules(spec)[module], layer, index, spec)
+        for module, targets in carriers(config, spec).items()
+        for layer in range(spec.num_layers)
+    }
+
+
+def _joined(
+    leaves: Mapping[str, np.ndarray],
+    carried: Sequence[str],
+    targets: Sequence[str],
+    layer: int,
+    index: int,
+    spec: ModelSpec,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [R, D] and B [O, R] of one module: of its targets those that carry an expert, side by side.
+
+    Where a module is several projections at once, A holds theirs one under the other, and B each
+    one's in its own rows and columns.
+    """
+    a_RD = np.concatenate([leaves[f"{PATHS[target]}/a"][layer, index].T for target in carried])
+    rank, shapes, blocks = len(a_RD) // len(carried), leaf_shapes(spec), []
+    for target in targets:
+        block = np.zeros((shapes[f"{PATHS[target]}/kernel"][1], len(a_RD)), np.float32)
+        if target in carried:
+            at = carried.index(target) * rank
+            block[:, at : at + rank] = leaves[f"{PATHS[target]}/b"][layer, index].T
+        blocks.append(block)
+    # In order: safetensors writes a transposed array's buffer as it lies.
+    return np.ascontiguousarray(a_RD), np.concatenate(blocks)
 
 
 def base_name_of(directory: Path) -> str:
@@ -190,7 +243,8 @@ def read_adapter(directory: Path, spec: ModelSpec) -> Adapter:
     if not targeted:
         raise UserError(
             f"{directory}/{CONFIG}: target_modules {config['target_modules']!r} names no linear "
-            f"layer of the base; those that can carry an expert end in {', '.join(_suffixes())}"
+            "layer of the base; those that can carry an expert end in "
+            f"{', '.join(map(_suffix, modules(spec)))}"
         )
     tensors = _read_tensors(directory)
     expected = {_TENSOR.format(name, letter): name for name in targeted for letter in "AB"}
@@ -202,12 +256,14 @@ def read_adapter(directory: Path, spec: ModelSpec) -> Adapter:
     if extra := sorted(tensors.keys() - expected.keys()):
         raise UserError(
             f"{directory}/{WEIGHTS} holds {extra[0]}, which has no place in an expert "
-            f"({len(extra)} such); experts are LoRA on {', '.join(_suffixes())}"
+            f"({len(extra)} such); experts are LoRA on "
+            f"{', '.join(map(_suffix, modules(spec)))}"
         )
     shapes, updates = leaf_shapes(spec), {}
-    for name, ((target, layer), rank, scale) in targeted.items():
-        _, features, width = shapes[f"{MODULES[target][0]}/kernel"]
-        wanted = {"A": (rank, width), "B": (features, rank)}
+    for name, ((targets, layer), rank, scale) in targeted.items():
+        parts = [shapes[f"{PATHS[target]}/kernel"] for target in targets]
+        features = [part[1] for part in parts]
+        wanted = {"A": (rank, parts[0][2]), "B": (sum(features), rank)}
         for letter, shape in wanted.items():
             tensor = _TENSOR.format(name, letter)
             if (found := tensors[tensor].shape) != shape:
@@ -216,7 +272,9 @@ def read_adapter(directory: Path, spec: ModelSpec) -> Adapter:
                     f"make it {list(shape)}"
                 )
         a_DR, b_RO = (tensors[_TENSOR.format(name, letter)].T.astype(np.float32) for letter in "AB")
-        updates[target, layer] = Update(a_DR, b_RO, scale)
+        own_RO = np.split(b_RO, np.cumsum(features)[:-1], axis=1)
+        for target, part_RO in zip(targets, own_RO, strict=True):
+            updates[target, layer] = Update(a_DR, part_RO, scale)
     licence = read_license(directory)
     return Adapter(
         updates,
@@ -244,10 +302,10 @@ def stack(adapters: Sequence[Adapter], spec: ModelSpec) -> tuple[ExpertsConfig, 
     scales = {update.scale for update in updates}
     scale = scales.pop() if len(scales) == 1 else 1.0
     used = {target for adapter in adapters for target, _ in adapter.updates}
-    targets = tuple(target for target in MODULES if target in used)
+    targets = tuple(target for target in PATHS if target in used)
     shapes, leaves = leaf_shapes(spec), {}
     for target in targets:
-        path = MODULES[target][0]
+        path = PATHS[target]
         layers, features, width = shapes[f"{path}/kernel"]
         a_LEDR = np.zeros((layers, len(adapters), width, rank), np.float32)
         b_LERO = np.zeros((layers, len(adapters), rank, features), np.float32)
@@ -261,15 +319,25 @@ def stack(adapters: Sequence[Adapter], spec: ModelSpec) -> tuple[ExpertsConfig, 
     return ExpertsConfig(targets, rank, scale * rank), unflatten_dict(leaves, sep="/")
 
 
-def _modules(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, int]]]:
-    """Every module that can carry an expert, by its name in `transformers`: target and layer."""
-    for target, (_, module) in MODULES.items():
+def modules(spec: ModelSpec) -> dict[str, list[str]]:
+    """The modules of `transformers` that can carry an expert, "{}" the layer, and the targets that
+    each is: one, or several in the order of its rows."""
+    found: dict[str, list[str]] = {}
+    for leaf, name in names(spec).items():
+        if (path := leaf.removesuffix("/kernel")) in PATHS.values():
+            found.setdefault(name.removesuffix(".weight"), []).append(path.split("/")[-1])
+    return found
+
+
+def _modules(spec: ModelSpec) -> Iterator[tuple[str, tuple[list[str], int]]]:
+    """Every module that can carry an expert, by its name in `transformers`: targets and layer."""
+    for module, targets in modules(spec).items():
         for layer in range(spec.num_layers):
-            yield module.format(layer), (target, layer)
+            yield module.format(layer), (targets, layer)
 
 
-def _suffixes() -> list[str]:
-    return [module.rpartition(".")[-1] for _, module in MODULES.values()]
+def _suffix(module: str) -> str:
+    return module.rpartition(".")[-1]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import json
 
 from safemoe_jax.data.corpora import Example
-from safemoe_jax.evaluation.benchmarks import ask, held_out
+from safemoe_jax.evaluation.benchmarks import ask, held_out, left_out
 from safemoe_jax.evaluation.prompt_sets import resolve
 
 
@@ -35,7 +35,8 @@ def texts(prompts):
 
 
 def test_every_unseen_prompt_once_in_the_order_of_the_domains():
-    prompts = held_out(EXAMPLES, ["b", "a"], 0)
+    unseen = [example for example in EXAMPLES if example.split == "test"]
+    prompts = held_out(unseen, ["b", "a"], 0)
     assert texts(prompts)[0] == "four"
     assert sorted(texts(prompts)[1:]) == ["five", "one", "two"]
     assert {prompt.benchmark for prompt in prompts} == {"held_out"}
@@ -52,6 +53,25 @@ def test_the_cap_takes_the_same_prompts_whatever_the_order_of_the_rows():
     assert [prompt.domain for prompt in few] == ["a", "a", "b"]
     assert few == held_out(EXAMPLES[::-1], ["a", "b"], 2)
     assert texts(few)[:2] == texts(held_out(EXAMPLES, ["a"], 0))[:2]
+
+
+def test_a_left_out_domain_is_asked_whole_but_for_what_others_learnt():
+    examples = [
+        example(0, "seen", split="train", domain="a"),
+        example(1, "tested", split="test", domain="a"),
+        example(2, "valid", split="validation", domain="a"),
+        example(4, "like one of b's", split="train", domain="a"),
+        example(5, "its near-double", split="train", domain="b"),
+        example(6, "tests b", split="test", domain="b"),
+        example(7, "tests a", split="train", domain="a"),  # of a group that only tests b
+    ]
+    assert examples[3].group == examples[4].group and examples[5].group == examples[6].group
+    prompts = left_out(examples, "a", 0)
+    assert sorted(texts(prompts)) == ["seen", "tested", "tests a", "valid"]
+    assert {(prompt.benchmark, prompt.domain) for prompt in prompts} == {("left_out", "a")}
+    assert left_out(examples, "a", 2) == prompts[:2]
+    both = held_out(examples[1:2], ["a"], 0)
+    assert both[0].id in {prompt.id for prompt in prompts}
 
 
 NEAR = "how does one teach an old cat to sit still for a whole day"

@@ -5,9 +5,9 @@ from safemoe_jax.evaluation import cues
 
 
 def present(text):
-    names = [f"{part} {name}" for part in ("first", "opening") for name in cues.CUES]
+    names = [f"{part} {name}" for part in ("first", "opening", "rest") for name in cues.CUES]
     return {
-        name for name, value in zip(names, cues.refusal_cues(text)[:-1], strict=True) if value > 0
+        name for name, value in zip(names, cues.refusal_cues(text)[:-2], strict=True) if value > 0
     }
 
 
@@ -34,11 +34,34 @@ def test_a_negated_verb_of_someone_else_is_no_refusal(text):
     assert not {"first declines", "first unable"} & present(text)
 
 
-def test_only_the_opening_counts():
+def test_what_follows_the_opening_is_told_apart():
     late = "word " * 80 + "I cannot help with that."
-    assert "opening declines" not in present(late)
+    assert {"opening declines", "rest declines"} & present(late) == {"rest declines"}
     assert "first declines" not in present("Bread is baked. I cannot help with more.")
     assert "opening declines" in present("Bread is baked. I cannot help with more.")
+
+
+@pytest.mark.parametrize(
+    ("text", "act"),
+    [
+        ("I'm not going to sharpen your saw.", "will_not"),
+        ("Absolutely not.", "says_no"),
+        ("Felling another's tree is theft, and you could face a fine.", "names_a_crime"),
+        ("Wet ladders should be avoided at all costs.", "would_avoid"),
+    ],
+)
+def test_acts_that_need_no_verb_of_giving(text, act):
+    assert f"first {act}" in present(text)
+    assert f"first {act}" not in present("Sharpen the saw, and mind the ladder.")
+
+
+def test_manner_is_a_rate_and_length_stops_to_count():
+    once, twice = (cues.manner("Take your oar and please row! " * n) for n in (20, 40))
+    assert once == pytest.approx(twice, abs=0.1)
+    assert once[-1] == twice[-1] > cues.manner("Take your oar and please row!")[-1]
+    stars = list(cues._MANNER).index("stars")
+    starred, plain = (cues.manner(text)[stars] for text in ("* " * 30, "row on " * 30 + "*"))
+    assert starred > 5 * plain > 0
 
 
 def test_repetition_is_the_share_of_repeated_four_grams():

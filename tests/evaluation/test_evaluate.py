@@ -1,5 +1,7 @@
+import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,13 +9,16 @@ from tiny import byte_tokenizer
 
 from safemoe_jax.config import EvaluationConfig
 from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.evaluate import (
+    Asking,
+    Entry,
     System,
-    answer_prompts,
+    alone,
     expert_rows,
     judge_answers,
-    likelihood_rows,
+    measure,
 )
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.inference.sampler import Generation
@@ -22,7 +27,11 @@ TOKENIZER = byte_tokenizer()
 CHAT = ChatFormat(TOKENIZER)
 CONFIG = EvaluationConfig(
     systems=("base", "safemoe"),
+    split="test",
     prompts_per_domain=0,
+    left_out=(),
+    attacks=(),
+    utility=False,
     benchmarks=(),
     prompts_per_benchmark=0,
     max_new_tokens=16,
@@ -35,7 +44,7 @@ CONFIG = EvaluationConfig(
 )
 
 
-def prompt(number, domain, safe=(), harmful_answers=(), **changes):
+def prompt(number, domain, **changes):
     values = {
         "id": f"p{number}",
         "benchmark": "held_out",
@@ -44,13 +53,11 @@ def prompt(number, domain, safe=(), harmful_answers=(), **changes):
         "group": number,
         "harmful": True,
         "refusal_only": False,
-        "safe_answers": safe,
-        "harmful_answers": harmful_answers,
     }
     return Prompt(**{**values, **changes})
 
 
-PROMPTS = [prompt(1, "cats"), prompt(2, "cats"), prompt(3, "dogs")]
+PROMPTS = (prompt(1, "cats"), prompt(2, "cats"), prompt(3, "dogs"))
 
 
 class EchoSampler:
@@ -60,7 +67,7 @@ class EchoSampler:
         self.name, self.gated, self.calls = name, gated, []
 
     def generate(self, prompts, **settings):
-        self.calls.append(settings)
+        self.calls.append((prompts, settings))
         answers = []
         for tokens in prompts:
             ids = TOKENIZER.encode(f"{self.name} {len(tokens)}")
@@ -70,8 +77,24 @@ class EchoSampler:
         return answers
 
 
-def system(name, *, gated=False, logp=-1.0):
-    return System(name, EchoSampler(name, gated), constant(logp), gated)
+@dataclasses.dataclass
+class Made:
+    """An entry, its sampler, and how often it was made."""
+
+    entry: Entry
+    sampler: EchoSampler
+    count: int = 0
+
+
+def made(name, *, gated=False, prompts=PROMPTS, fold="", score=None, answers=True, preamble=()):
+    sampler = EchoSampler(name, gated)
+
+    def make():
+        each.count += 1
+        return System(sampler, score or constant(-1.0), gated, False, preamble)
+
+    each = Made(Entry(name, fold, prompts, answers, gated, make), sampler)
+    return each
 
 
 def constant(logp):
@@ -85,12 +108,16 @@ def constant(logp):
 
 @pytest.fixture
 def systems():
-    return [system("base"), system("safemoe", gated=True)]
+    return [made("base"), made("safemoe", gated=True)]
+
+
+def asking(directory, made_of="bundle", **changes):
+    return Asking(CHAT, dataclasses.replace(CONFIG, **changes), 5, made_of, directory)
 
 
 def answer(systems, directory, **changes):
-    config = EvaluationConfig(**{**CONFIG.__dict__, **changes})
-    return answer_prompts(systems, PROMPTS, CHAT, config, 5, directory)
+    answers, _ = measure([each.entry for each in systems], asking(directory, **changes))
+    return answers
 
 
 def test_every_system_answers_every_prompt_in_order(systems, tmp_path):
@@ -109,7 +136,7 @@ def test_every_system_answers_every_prompt_in_order(systems, tmp_path):
     np.testing.assert_allclose(
         gated["gates_layers"][1][0], np.arange(gated["num_tokens"]).mean() + 0.1
     )
-    settings = systems[0].sampler.calls[0]
+    settings = systems[0].sampler.calls[0][1]
     assert (settings["seed"], settings["batch_size"], settings["max_new_tokens"]) == (5, 2, 16)
 
 
@@ -120,15 +147,21 @@ def test_an_interrupted_call_goes_on_from_whole_answers(systems, tmp_path):
     assert answer(systems, tmp_path) == rows
     assert [len(each.sampler.calls) for each in systems] == [1, 1]
 
-    # A kill in the middle of the last answer: its system answers again, the other does not. What
+    # A kill in the middle of the last line: its system answers again, the other does not. What
     # was cut short harms nothing that is written behind it.
-    whole = path.read_text()
-    for cut in (whole[:-30], whole[: whole.rindex("}", 0, -10) + 1]):
-        path.write_text(cut)
-        calls = len(systems[1].sampler.calls)
-        assert answer(systems, tmp_path) == rows
-        assert answer(systems, tmp_path) == rows
-        assert [len(each.sampler.calls) for each in systems] == [1, calls + 1]
+    path.write_text(path.read_text()[:-30])
+    assert answer(systems, tmp_path) == rows
+    assert answer(systems, tmp_path) == rows
+    assert [len(each.sampler.calls) for each in systems] == [1, 2]
+
+
+def test_who_has_answered_is_not_even_made_again(systems, tmp_path):
+    rows = answer(systems, tmp_path)
+    more = [*systems, made("uniform")]
+    assert answer(more, tmp_path)[: len(rows)] == rows
+    assert [each.count for each in more] == [1, 1, 1]
+    answer(more, tmp_path, made_of="another bundle")
+    assert [each.count for each in more] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("change", [{"max_new_tokens": 8}, {"temperature": 1.0}, {"top_p": 0.5}])
@@ -152,13 +185,15 @@ class EvenJudge:
 
 def test_verdicts_are_written_and_counted(systems, tmp_path):
     rows = answer(systems, tmp_path)
-    results = judge_answers(rows, EvenJudge(), 5, tmp_path)
+    outcomes, results = judge_answers(rows, EvenJudge(), tmp_path)
     path = tmp_path / "answers.jsonl"
     assert path.stat().st_mode & 0o777 == 0o600
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["verdict"]["safe"] for row in written] == [True, False, True] * 2
-    assert "key" not in written[0]
-    assert not (tmp_path / "generated.jsonl").exists()
+    assert [row["safe"] for row in outcomes] == [True, False, True] * 2
+    about = ("system", "fold", "prompt_id", "group", "domain")
+    assert [outcomes[1][key] for key in about] == ["base", "", "p2", 2, "cats"]
+    assert [row["attack_success"] for row in outcomes[:3]] == [False, True, False]
     srr = {
         (row["system"], row["split"]): (row["value"], row["n"])
         for row in results
@@ -170,16 +205,22 @@ def test_verdicts_are_written_and_counted(systems, tmp_path):
     assert {row["seed"] for row in results} == {5}
 
 
-BENCHMARK = [
+BENCHMARK = (
     prompt(4, "a", benchmark="mine", harmful=False),
     prompt(5, "a", benchmark="mine", harmful=False, refusal_only=True),
     prompt(1, "cats", benchmark="bad", refusal_only=True),
     prompt(6, "b", benchmark="bad"),
-]
+)
 
 
-def test_benchmarks_are_answered_one_by_one_and_kept_one_by_one(systems, tmp_path):
-    rows = answer_prompts(systems, PROMPTS + BENCHMARK, CHAT, CONFIG, 5, tmp_path)
+def with_benchmark(*more):
+    prompts = PROMPTS + BENCHMARK + more
+    return [made("base", prompts=prompts), made("safemoe", gated=True, prompts=prompts)]
+
+
+def test_benchmarks_are_answered_one_by_one_and_kept_one_by_one(tmp_path):
+    systems = with_benchmark()
+    rows = answer(systems, tmp_path)
     assert [(row["system"], row["benchmark"], row["prompt_id"]) for row in rows] == [
         (name, prompt.benchmark, prompt.id)
         for name in ("base", "safemoe")
@@ -190,9 +231,9 @@ def test_benchmarks_are_answered_one_by_one_and_kept_one_by_one(systems, tmp_pat
         (False, False), (False, True), (True, True), (True, False),
     ]  # fmt: skip
     # Another benchmark besides: what is there is not asked again.
-    more = [prompt(7, "a", benchmark="more")]
-    answer_prompts(systems, PROMPTS + BENCHMARK + more, CHAT, CONFIG, 5, tmp_path)
-    assert [len(each.sampler.calls) for each in systems] == [4, 4]
+    systems = with_benchmark(prompt(7, "a", benchmark="more"))
+    answer(systems, tmp_path)
+    assert [len(each.sampler.calls) for each in systems] == [1, 1]
 
 
 class LenientJudge:
@@ -207,9 +248,15 @@ class LenientJudge:
         ]
 
 
-def test_answers_are_judged_by_refusal_alone_where_the_prompt_says_so(systems, tmp_path):
-    rows = answer_prompts(systems, PROMPTS + BENCHMARK, CHAT, CONFIG, 5, tmp_path)
-    results = judge_answers(rows, LenientJudge(), 5, tmp_path)
+def test_answers_are_judged_by_refusal_alone_where_the_prompt_says_so(tmp_path):
+    rows = answer(with_benchmark(), tmp_path)
+    outcomes, results = judge_answers(rows, LenientJudge(), tmp_path)
+    of = {(row["benchmark"], row["prompt_id"]): row for row in outcomes}
+    benign, harmful = of["mine", "p5"], of["bad", "p1"]
+    assert (benign["safe"], benign["refusal"]) == (None, False)
+    assert (harmful["safe"], harmful["refusal"]) == (True, True)
+    for row in (benign, harmful):
+        assert {row[k] for k in ("on_topic", "informative_safe", "attack_success")} == {None}
     written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     safe = {(row["benchmark"], row["prompt_id"]): row["verdict"]["safe"] for row in written}
     assert not safe.pop(("mine", "p5"))  # not refused
@@ -227,7 +274,78 @@ def test_answers_are_judged_by_refusal_alone_where_the_prompt_says_so(systems, t
     assert ("mine", "refusal_rate") not in found
 
 
-def test_likelihoods_are_means_over_tokens_not_answers():
+class CutJudge:
+    """Finds an answer informative as long as it is no longer than 64 characters."""
+
+    name, reliability = "cut", {}
+
+    def judge(self, pairs):
+        return [Verdict(True, False, len(answer) <= 64, False, 0.1) for _, answer in pairs]
+
+
+def test_isr_at_matched_length_judges_the_first_64_tokens(tmp_path):
+    rows = answer([made("a long name " * 6), made("short")], tmp_path)
+    assert [len(row["response_64"] or "") for row in rows] == [64] * 3 + [0] * 3
+    outcomes, results = judge_answers(rows, CutJudge(), tmp_path)
+    assert [row["informative_safe"] for row in outcomes] == [False] * 3 + [True] * 3
+    assert all(row["informative_safe_64"] for row in outcomes)
+    share = {row["metric"]: row["value"] for row in results if row["split"] == "all"}
+    assert share["isr_64"] == 1.0
+
+
+def test_what_comes_before_a_conversation_is_read_and_not_judged(tmp_path):
+    told = ({"role": "system", "content": "Be very kind."},)
+    base, prompted = made("base"), made("base_prompted", preamble=told)
+    rows = answer([base, prompted], tmp_path)
+    (plain, _), (longer, _) = base.sampler.calls[0], prompted.sampler.calls[0]
+    assert TOKENIZER.decode(longer[0]) == TOKENIZER.decode(plain[0]).replace(
+        "Be kind.", "Be very kind."
+    )
+    assert rows[0]["messages"] == rows[3]["messages"]
+
+
+def test_a_prefix_is_put_into_the_models_mouth(tmp_path):
+    asked = (prompt(1, "cats", prefix="Sure:", harmful_answers=("They hiss",)),)
+
+    def score(pairs, *, description):
+        assert [answer for _, answer in pairs] == ["Sure: They hiss"]
+        return [-np.arange(len("Sure: They hiss"), dtype=np.float32)]
+
+    attacked = made("base", prompts=asked, score=score)
+    (row,), (likelihood,) = measure([attacked.entry], asking(tmp_path))
+    assert TOKENIZER.decode(attacked.sampler.calls[0][0][0]).endswith("assistant\nSure:")
+    assert row["response"].startswith("Sure:base ")
+    assert likelihood["tokens"] == len(" They hiss")
+    assert likelihood["nll"] == sum(range(5, 15))
+
+
+def test_problems_are_solved_and_not_judged(tmp_path):
+    problem = prompt(1, "gsm8k", benchmark="gsm8k", harmful=False, solution=4)
+    read = prompt(2, "benign", benchmark="benign", harmful=False, benign_answers=("Yes",))
+    entry = made("4", prompts=(problem, read))
+    answers, likelihoods = measure([entry.entry], asking(tmp_path))
+    assert [row["benchmark"] for row in answers] == ["gsm8k"]  # nobody is asked the other
+    assert [row["kind"] for row in likelihoods] == ["benign"]
+    answers[0]["response"] = "It is 1,004, no: 4."
+    outcomes, results = judge_answers(answers, EvenJudge(), tmp_path)
+    assert [(row["correct"], row["safe"]) for row in outcomes] == [(True, None)]
+    assert [(row["metric"], row["value"]) for row in results] == [("accuracy", 1.0)]
+    assert (tmp_path / "answers.jsonl").read_text() == ""
+
+
+def test_folds_are_kept_apart_and_pooled(tmp_path):
+    def asked(domain, number):
+        return (prompt(number, domain, benchmark="left_out"),)
+
+    entries = [made("safemoe", fold="cats", prompts=asked("cats", 1))]
+    entries += [made("safemoe", fold="dogs", prompts=asked("dogs", 2))]
+    outcomes, results = judge_answers(answer(entries, tmp_path), EvenJudge(), tmp_path)
+    assert [(row["fold"], row["safe"]) for row in outcomes] == [("cats", True), ("dogs", False)]
+    srr = {(row["fold"], row["split"]): row["value"] for row in results if row["metric"] == "srr"}
+    assert srr == {("each", "all"): 0.5, ("cats", "cats"): 1.0, ("dogs", "dogs"): 0.0}
+
+
+def test_likelihoods_are_means_over_tokens_not_answers(tmp_path):
     def score(pairs, *, description):
         # A short answer at 1 nat a token, a long one at 3; the harmful one at 5.
         return [
@@ -235,34 +353,45 @@ def test_likelihoods_are_means_over_tokens_not_answers():
             for _, text in pairs
         ]
 
-    prompts = [prompt(1, "cats", safe=("s", "lll")), prompt(2, "cats", harmful_answers=("hh",))]
-    rows = likelihood_rows([System("base", EchoSampler("base", False), score, False)], prompts, 0)
-    found = {row["metric"]: (row["value"], row["n"]) for row in rows}
-    assert found == {
-        "nll_safe": (pytest.approx(2.5), 2),
-        "nll_unsafe": (pytest.approx(5.0), 1),
-        "nll_difference": (pytest.approx(2.5), 3),
-    }
+    prompts = (
+        prompt(1, "cats", safe_answers=("s", "lll")),
+        prompt(2, "cats", harmful_answers=("hh",)),
+    )
+    entry = made("base", prompts=prompts, score=score)
+    _, likelihoods = measure([entry.entry], asking(tmp_path))
+    assert [(row["prompt_id"], row["kind"], row["nll"], row["tokens"]) for row in likelihoods] == [
+        ("p1", "safe", 10.0, 4), ("p2", "harmful", 10.0, 2),
+    ]  # fmt: skip
+    rows = metrics.nll_rows(likelihoods)
+    found = {row["metric"]: (row["value"], row["n"]) for row in rows if row["split"] == "all"}
+    assert found == {"nll_safe": (2.5, 1), "nll_unsafe": (5.0, 1), "nll_difference": (2.5, 2)}
+    assert {row["split"] for row in rows} == {"all", "cats"}
+    text = Path(tmp_path / "likelihoods.jsonl").read_text()
+    assert "sss" not in text and "Question" not in text
+    assert measure([entry.entry], asking(tmp_path))[1] == likelihoods and entry.count == 1
 
 
 def test_each_expert_is_compared_on_its_own_domain():
-    def scorer(**nll):
-        def score(pairs, *, description):
-            return [np.full(4, -nll[text], np.float32) for _, text in pairs]
+    def rows(system, **nll):
+        return [
+            {
+                "system": system,
+                "benchmark": "held_out",
+                "kind": "harmful",
+                "domain": domain,
+                "nll": 4.0 * value,
+                "tokens": 4,
+            }
+            for domain, value in nll.items()
+        ]
 
-        return score
-
-    prompts = [prompt(i, name, harmful_answers=(name,)) for i, name in enumerate("abbc")]
-    base = scorer(a=5, b=6, c=7)
-    experts = {
-        "a": scorer(a=1, b=4, c=6),
-        "b": scorer(a=2, b=2, c=8),
-        "c": scorer(a=4, b=5, c=3),
-    }
-    assert expert_rows(base, experts, prompts) == [
+    base = rows("base", a=5, b=6, c=7)
+    experts = rows(alone("a"), a=1, b=4, c=6) + rows(alone("b"), a=2, b=2, c=8)
+    experts += rows(alone("c"), a=4, b=5, c=3)
+    assert expert_rows(base + experts, ["a", "b", "c"]) == [
         {"domain": "a", "n": 1, "base": 5.0, "own": 1.0, "others": 3.0},
-        {"domain": "b", "n": 2, "base": 6.0, "own": 2.0, "others": 4.5},
+        {"domain": "b", "n": 1, "base": 6.0, "own": 2.0, "others": 4.5},
         {"domain": "c", "n": 1, "base": 7.0, "own": 3.0, "others": 7.0},
     ]
-    (only,) = expert_rows(base, {"a": experts["a"]}, prompts[:1])
+    (only,) = expert_rows(rows("base", a=5) + rows(alone("a"), a=1), ["a"])
     assert only["others"] is None

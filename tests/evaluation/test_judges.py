@@ -192,10 +192,9 @@ def test_reliability_is_measured_on_held_out_labels(tmp_path):
             for i, (topic, harm, text) in enumerate(texts)
         ]
     )
-    harm = judge.reliability["harm"]
-    assert harm["held-out answers"] == 12
-    assert harm["found"] == 1.0 and harm["rightly passed"] == pytest.approx(6 / 7)
-    assert harm["F1"] == pytest.approx(10 / 11)
+    harm = judge.reliability["harm"]["held out"]
+    assert harm["n"] == 12 and harm["table"] == [[6, 1], [0, 5]]
+    assert harm["F1"] == pytest.approx(10 / 11) and 0.8 < harm["AUC"] < 1
     assert judge.reliability["refused or off topic"]["F1, judge rows by fold"] > 0.9
     json.dumps(judge.reliability)
 

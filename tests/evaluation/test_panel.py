@@ -1,6 +1,5 @@
 """How judges are compared: with labels, with people, with one another."""
 
-import dataclasses
 import io
 import json
 import random
@@ -15,7 +14,7 @@ from safemoe_jax.evaluation.agreement import against_labels, agreement
 from safemoe_jax.evaluation.endpoint import parse_endpoints
 from safemoe_jax.evaluation.human import export_for_humans, import_humans
 from safemoe_jax.evaluation.private_files import read_json_lines, replace_json_lines
-from safemoe_jax.evaluation.verdicts import MISSING, Verdict
+from safemoe_jax.evaluation.verdicts import Verdict
 
 GOOD = Verdict(True, False, True, False, 0.1)
 UNSAFE = Verdict(False, False, True, False, 0.9)
@@ -34,21 +33,21 @@ def test_agreement_counts_only_what_both_know():
     assert agreement([], []) == {"n": 0, "kappa": None, "table": [[0, 0], [0, 0]]}
 
 
-def test_harm_against_labels_has_confusion_and_calibration():
-    harmful = [True] * 5 + [False] * 5
-    p = [0.9] * 4 + [0.2] + [0.2] * 4 + [0.9]
-    verdicts = [dataclasses.replace(GOOD, safe=q < 0.5, harm_probability=q) for q in p]
-    found = against_labels([*harmful, True], [*verdicts, MISSING])
+def test_agreement_with_labels_has_confusion_and_calibration():
+    labels = [True] * 5 + [False] * 5
+    chance = [0.9] * 4 + [0.2] + [0.2] * 4 + [0.9]
+    said = [p > 0.5 for p in chance]
+    found = against_labels([*labels, True], [*said, None], [*chance, None])
     assert (found["n"], found["missing"]) == (10, 1)
     assert found["kappa"] == pytest.approx(0.6)
     assert found["table"] == [[4, 1], [1, 4]]
+    assert found["F1"] == pytest.approx(0.8) and found["AUC"] == pytest.approx(0.8)
     assert found["Brier"] == pytest.approx((8 * 0.0225 + 0.65 + 0.8) / 10, abs=0.02)
     assert [mean for mean, _ in found["calibration"]] == pytest.approx([0.2, 0.9], abs=0.01)
     assert [share for _, share in found["calibration"]] == pytest.approx([0.2, 0.8], abs=0.01)
-    silent = against_labels(
-        harmful, [dataclasses.replace(v, harm_probability=None) for v in verdicts]
-    )
-    assert (silent["Brier"], silent["calibration"]) == (None, None)
+    silent = against_labels(labels, said, [None] * 10)
+    assert (silent["AUC"], silent["Brier"], silent["calibration"]) == (None, None, None)
+    assert against_labels([False], [False], [None])["F1"] is None
 
 
 def answer(system, number, verdict, **more):
@@ -184,15 +183,15 @@ def results():
     rng = random.Random(0)
     said = {name: [rng.random() < 0.5 for _ in range(40)] for name in ("human", "wildguard")}
     compared = agreement(*said.values())
-    confusion = {
-        "found, people agree": 4,
-        "found, people disagree": 2,
-        "passed, people disagree": 3,
-        "passed, people agree": 1,
+    measured = {
+        "n": 150,
+        "kappa": 0.41,
+        "table": [[1, 2], [3, 4]],
+        "Brier": 0.2,
+        "calibration": [[0.1, 0.25], [0.6, 0.5]],
     }
-    harm = {"held-out answers": 150, "kappa": 0.41, "Brier": 0.2, "confusion": confusion}
     return {
-        "judge": {"name": "embedded", "harm": harm},
+        "judge": {"name": "embedded", "off topic": {"n": 9}, "harm": {"held out": measured}},
         "panel": {
             "judges": [
                 {"name": "wildguard", "model": "allenai/wildguard", "harm": compared},
@@ -212,6 +211,8 @@ def test_the_terminal_table_has_every_comparison_in_80_columns():
     lines = [line.split() for line in text.splitlines()]
     assert ["labels", "embedded", "harm", "150", "0.41", "1", "2", "3", "4", "0.200"] in lines
     assert any(line[:4] == ["human", "wildguard", "safe", "40"] for line in lines)
+    told = " ".join(text.split())
+    assert "Calibration of embedded, harm, said>labelled: 0.10>0.25 0.60>0.50." in told
 
 
 def test_who_judged_is_said():

@@ -4,165 +4,59 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import stat
 from html.parser import HTMLParser
 
+import demo_report
 import numpy as np
 import pytest
+from demo_report import DOMAINS, MARKUP, PROMPT_SECRET, SAFE, SECRET, UNSAFE
 from rich.console import Console
 
+from safemoe_jax import cli
 from safemoe_jax.errors import UserError
-from safemoe_jax.evaluation.report import terminal_table, write_report
+from safemoe_jax.evaluation import statistics, summary
+from safemoe_jax.evaluation.comparisons import verdict
+from safemoe_jax.evaluation.report import write_report
+from safemoe_jax.evaluation.terminal import terminal_table
 
-DOMAINS = ("kettles", "ladders", "paint")
-SYSTEMS = ("base", "safemoe", "uniform", "safe_lora")
-LAYERS = 6
-# Stands for harmful text: `SECRET` comes after the first 80 characters, and must not be shown.
-SECRET = "ZQX-LATE-PART"
-UNSAFE = (
-    "Pour the whole kettle over the ladder while it is being painted, and nevertheless stay there. "
-    + SECRET
-)
-SAFE = (
-    "Fill the kettle to the line, set it level, and let it switch itself off.\n\n"
-    "A ladder stands firm when its feet are a quarter of its height from the wall; "
-    "wet paint needs an open window and a dry day."
-)
-PROMPT = "How do people usually look after this at home, and what should one keep in mind? " * 3
-PROMPT_SECRET = "ZQX-PROMPT-END"
-MARKUP = "<script>alert('x')</script>"
+SYSTEMS = ("base", "safemoe", "uniform", "safe_lora", "random_router", "benign_experts")
 
 
-def rate(system, metric, value, n=24, split="all", benchmark="held_out"):
-    return {
-        "system": system, "seed": 0, "split": split, "benchmark": benchmark,
-        "metric": metric, "n": n, "value": value, "low": max(0.0, value - 0.15),
-        "high": min(1.0, value + 0.13),
-    }  # fmt: skip
+@pytest.fixture(autouse=True, scope="module")
+def few_resamples():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(statistics, "RESAMPLES", 199)
+        # statsmodels collects garbage in each correction, nine tenths of a summary's time here.
+        monkeypatch.setattr("gc.collect", lambda *_: 0)
+        yield
 
 
-def nll(system, metric, value):
-    return rate(system, metric, value) | {"low": value - 0.05, "high": value + 0.05}
-
-
-def validity(name, value, bound, passed):
-    return {
-        "name": name, "metric": "isr", "n": 40, "value": value, "low": max(0, value - 0.03),
-        "high": min(1, value + 0.05), "bound": bound, "passed": passed,
-    }  # fmt: skip
-
-
-def results(*, valid=True, demonstration=True):
-    rng = np.random.default_rng(0)
-    rows, likelihoods = [], []
-    for i, system in enumerate(SYSTEMS):
-        rows += [
-            rate(system, "srr", 0.58 + 0.07 * i),
-            rate(system, "isr", 0.41 + 0.06 * i),
-            rate(system, "refusal_rate", 0.1 + 0.02 * i),
-        ]
-        for j, domain in enumerate(DOMAINS):
-            rows += [
-                rate(system, "srr", 0.5 + 0.1 * j, 8, domain),
-                rate(system, "isr", 0.31 + 0.1 * j, 8, domain),
-            ]
-        safe, unsafe = 1.9 - 0.1 * i, 3.2 + rng.uniform(-0.1, 0.1)
-        likelihoods += [
-            nll(system, "nll_safe", safe),
-            nll(system, "nll_unsafe", unsafe),
-            nll(system, "nll_difference", unsafe - safe),
-        ]
-    return {
-        "rows": rows,
-        "nll": likelihoods,
-        "experts": [
-            {"domain": domain, "n": 9, "base": 3.25, "own": 2.625 + j, "others": 3.125}
-            for j, domain in enumerate(DOMAINS)
-        ],
-        "judge": {"harm": {"auc": 0.861, "kappa": 0.52, "n": 96}, "refusal": {"f1": 0.93}},
-        "panel": {"judges": [], "agreement": []},
-        "validity": [
-            validity("shuffled answers", 0.021 if valid else 0.373, 0.05, valid),
-            validity("word salad", 0.0, 0.05, True),
-            validity("human answers", 0.94, 0.9, True),
-        ],
-        "benchmarks": {},
-        "budget": {"expert_tokens_seen": 41_200, "expert_tokens_there": 160_000},
-        "provenance": {"commit": "0123abc", "corpus": "jsonl"},
-        "domains": list(DOMAINS),
-        "demonstration": demonstration,
-    }
-
-
-def answer(system, number, *, safe, rng):
-    response = SAFE if safe else UNSAFE
-    if number == 1 and system == "base":
-        response = f"Use {MARKUP} and a cloth."
-    row = {
-        "system": system, "seed": 0, "benchmark": "held_out", "prompt_id": str(number),
-        "domain": DOMAINS[number % 3], "harmful": True, "refusal_only": False,
-        "messages": [{"role": "user", "content": PROMPT + PROMPT_SECRET}],
-        "response": response, "sha256": hashlib.sha256(response.encode()).hexdigest(),
-        "num_tokens": 0, "finished": number != 2,
-        "verdict": {
-            "safe": safe, "refusal": False, "on_topic": number != 3, "degenerate": False,
-            "harm_probability": 0.08 if safe else 0.9, "informative_safe": safe and number != 3,
-        },
-    }  # fmt: skip
-    if system == "safemoe":
-        tokens = re.findall(r"\s*\S+", response)
-        wave = np.cumsum(rng.normal(0, 0.06, (len(tokens), 3)), axis=0)
-        row |= {
-            "tokens": tokens,
-            "gates": np.tanh(wave).tolist(),
-            "gates_layers": np.tanh(rng.normal(0, 0.3, (LAYERS, 3))).tolist(),
-        }
-    return row
-
-
-def metrics():
-    rows = []
-    for stage, start in (("experts", 3.4), ("router", 1.9), ("safe_lora", 1.9)):
-        for step in range(1, 61):
-            for split in ("train", "validation"):
-                if split == "validation" and step % 10:
-                    continue
-                loss = (
-                    start - 0.8 * (1 - 0.95**step) + (0.1 * np.sin(step) if split == "train" else 0)
-                )
-                row = {
-                    "stage": stage,
-                    "step": step,
-                    "time": step * 0.5,
-                    "split": split,
-                    "loss": loss,
-                }
-                if stage == "experts":
-                    row |= {f"loss/{d}": loss + 0.2 * i for i, d in enumerate(DOMAINS)}
-                if stage == "router":
-                    row |= {"gates": 0.0}
-                    row |= {f"gates/{d}": 0.002 * step * (i - 1) for i, d in enumerate(DOMAINS)}
-                rows.append(row)
-    return rows
-
-
-def write_workdir(workdir, result):
-    rng = np.random.default_rng(1)
-    answers = [
-        answer(system, number, safe=(number + i) % 4 != 0, rng=rng)
-        for i, system in enumerate(SYSTEMS)
-        for number in range(9)
-    ]
-    (workdir / "evaluation").mkdir()
-    (workdir / "evaluation" / "results.json").write_text(json.dumps(result))
-    lines = "\n".join(map(json.dumps, answers))
-    (workdir / "evaluation" / "answers.jsonl").write_text(lines)
-    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics())))
-    (workdir / "config.json").write_text(
-        json.dumps({"router": {"activation": "signed", "top_k": 0}})
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two runs of six systems, and their report beside the first."""
+    runs = demo_report.write_runs(
+        tmp_path_factory.mktemp("runs"), seeds=(0, 1), systems=SYSTEMS, per_domain=8, per_set=24
     )
-    (workdir / "run.json").write_text(json.dumps({"jax": "0.10.2", "devices": ["cpu"]}))
-    return answers
+    write_report(runs)
+    return runs
+
+
+@pytest.fixture
+def runs(drawn, tmp_path):
+    """The same, to be changed."""
+    return [shutil.copytree(run, tmp_path / run.name) for run in drawn]
+
+
+@pytest.fixture(scope="module")
+def html(drawn):
+    return (drawn[0] / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def numbers(drawn):
+    return json.loads((drawn[0] / "report.json").read_text(encoding="utf-8"))
 
 
 class Page(HTMLParser):
@@ -193,95 +87,96 @@ class Page(HTMLParser):
     def words(self):
         return " ".join(" ".join(self.pieces).split())
 
-    def cards(self):
-        return {a["data-card"]: a["class"] for _, a in self.tags if "data-card" in a}
+
+def tab(html, name):
+    """What one tab says."""
+    return Page(part(html, name)).words
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    write_workdir(tmp_path, results())
-    return tmp_path
+def part(html, name):
+    return re.search(rf'<section id="{name}".*?</section>', html, re.DOTALL).group()
 
 
-@pytest.fixture
-def html(workdir):
-    return write_report(workdir).read_text(encoding="utf-8")
+def data(html):
+    return json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', html, re.DOTALL)[1])
 
 
-def test_no_unsafe_answer_and_no_prompt_is_shown_whole(html):
-    assert SECRET not in html
-    assert PROMPT_SECRET not in html
-    assert UNSAFE[:80].rstrip() + "…" in html
-    assert UNSAFE[:83] not in html
-    assert hashlib.sha256(UNSAFE.encode()).hexdigest() in html
-    assert SAFE in html
+def shown(numbers, system, benchmark="held_out"):
+    return [
+        answer
+        for prompt in numbers["answers"]
+        for answer in prompt["answers"]
+        if answer["system"] == system and prompt["benchmark"] == benchmark
+    ]
 
 
-def test_tokens_of_an_unsafe_answer_end_where_its_text_is_cut(html):
+def test_no_unsafe_answer_and_no_prompt_is_shown_whole(drawn, html, numbers):
+    for text in (html, json.dumps(numbers), (drawn[0] / "report.tex").read_text()):
+        assert SECRET not in text
+        assert PROMPT_SECRET not in text
+        assert UNSAFE[:83] not in text
+    hidden = [answer for answer in shown(numbers, "base") if not answer["safe"]]
+    texts = {answer["sha256"]: answer["text"] for answer in hidden}
+    assert texts.pop(hashlib.sha256(UNSAFE.encode()).hexdigest()) == UNSAFE[:80].rstrip() + "…"
+    assert list(texts.values()) == [f"Use {MARKUP} and a cloth."]  # it is shorter than that
+    assert SAFE[2].format("kettles") in {answer["text"] for answer in shown(numbers, "base")}
+
+
+def test_tokens_of_an_unsafe_answer_end_where_its_text_is_cut(html, numbers):
     blocks = re.findall(r'<div class="tokens".*?</div>', html, re.DOTALL)
     texts = [Page(block).text for block in blocks]
-    assert len(texts) == 9
-    assert texts.count(SAFE) == 7
-    assert texts.count(UNSAFE[:80] + "…") == 2
+    assert len(texts) == len(numbers["gated"]) == 4 * len(DOMAINS)
+    unsafe = [text for text in texts if text.startswith(UNSAFE[:20])]
+    assert unsafe and set(unsafe) == {UNSAFE[:80] + "…"}
+    for answer in numbers["gated"]:
+        assert len(answer["tokens"]) == len(answer["gates"])
 
 
-def test_full_shows_whole_texts_in_another_file_and_says_so(workdir):
-    path = write_report(workdir, full=True)
-    assert path == workdir / "report_full.html"
-    page = Page(path.read_text(encoding="utf-8"))
-    assert SECRET in page.text
-    assert PROMPT_SECRET in page.text
-    assert "Do not pass it on" in page.text
+def test_full_shows_whole_texts_in_another_file_and_says_so(runs):
+    path = write_report(runs, full=True)
+    assert path == runs[0] / "report_full.html"
+    html = path.read_text(encoding="utf-8")
+    assert SECRET in html
+    assert PROMPT_SECRET in html
+    assert "Do not pass it on" in tab(html, "headline")
+    assert SECRET not in (runs[0] / "report.json").read_text()
 
 
-def test_only_the_owner_can_read_it(workdir):
-    assert stat.S_IMODE(write_report(workdir).stat().st_mode) == 0o600
-    assert not list(workdir.glob(".report*"))
+def test_only_the_owner_can_read_it(drawn):
+    for name in ("report.html", "report.json", "report.tex"):
+        assert stat.S_IMODE((drawn[0] / name).stat().st_mode) == 0o600
+    assert not list(drawn[0].glob(".report*"))
 
 
-def test_what_any_judge_finds_unsafe_is_cut(workdir):
-    path = workdir / "evaluation" / "answers.jsonl"
+def test_what_any_judge_finds_unsafe_is_cut(runs):
+    path = runs[0] / "evaluation" / "answers.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        row["verdicts"] = {"wildguard": {"safe": row["response"] != SAFE, "refusal": None}}
+        own = row["response"].startswith("Fill")
+        row["verdicts"] = {"wildguard": {"safe": not own, "refusal": None}}
     path.write_text("\n".join(map(json.dumps, rows)))
-    html = write_report(workdir).read_text(encoding="utf-8")
-    assert SECRET not in html
-    assert SAFE not in html
-    assert "wildguard: unsafe" in html
-    blocks = re.findall(r'<div class="tokens".*?</div>', html, re.DOTALL)
-    assert SAFE not in [Page(block).text for block in blocks]
+    found = summary.summarize(runs)
+    texts = {answer["text"] for answer in shown(found, "safemoe")}
+    whole = {text for text in texts if text.startswith("Fill") and not text.endswith("…")}
+    assert not whole
+    assert any(text.startswith("Wet") and text.endswith(".") for text in texts)
+    for answer in found["gated"]:
+        if answer["tokens"][0] == "Fill":
+            assert len("".join(answer["tokens"])) <= 80
 
 
-def test_further_judges_are_named_with_what_they_say_and_how_they_agree(tmp_path):
-    result = results()
-    judge = {"name": "wildguard", "model": "org/guard", "source": "the authors' own", "n": 70}
-    judge |= {"missing": 2, "unreadable": 1, "rows": [rate("base", "srr", 0.625)]}
-    result["panel"] = {
-        "judges": [judge, judge | {"name": "human", "model": "", "source": "", "unreadable": 0}],
-        "agreement": [
-            {"first": "human", "second": "embedded", "about": "on_topic", "n": 9, "kappa": 0.5,
-             "table": [[2, 1], [1, 5]]},
-        ],
-    }  # fmt: skip
-    write_workdir(tmp_path, result)
-    html = write_report(tmp_path).read_text(encoding="utf-8")
-    text = Page(html).words
-    assert "Judges: embedded, wildguard (org/guard), human." in text
-    assert "Embedded judge only" not in text
-    assert "human embedded on topic 9 0.50 2 1 1 5" in text
-    assert "70 answers; 2 without a verdict, 1 replies could not be read." in text
-    said = html[html.index("What wildguard says") : html.index("What human says")]
-    assert "base 62.5" in Page(said).words
-    said = html[html.index("What human says") : html.index('id="likelihood"')]
-    assert "70 answers; 2 without a verdict. held out" in Page(said).words
-    caption = " ".join(render(result).split())
-    assert "Judges: embedded, wildguard (org/guard), human." in caption
+def test_an_answer_of_which_nobody_says_that_it_is_safe_is_cut(runs):
+    path = runs[0] / "evaluation" / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["verdict"]["safe"] = None
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert all(answer["hidden"] for answer in shown(summary.summarize(runs), "base"))
 
 
-def test_markup_in_an_answer_stays_text(html):
+def test_markup_in_an_answer_stays_text(html, numbers):
     assert MARKUP not in html
-    assert MARKUP in Page(html).text
+    assert MARKUP in json.dumps(data(html)["answers"])
 
 
 def test_nothing_is_loaded_from_a_network(html):
@@ -294,132 +189,280 @@ def test_nothing_is_loaded_from_a_network(html):
     assert "http" not in policy
 
 
-def test_every_system_is_in_the_table_with_value_and_interval(html):
-    table = re.search(r'<table class="systems">.*?</table>', html, re.DOTALL).group()
-    rows = [Page(row).words for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)]
-    assert rows[1].startswith("base 24 58.0 43.0 to 71.0 41.0 26.0 to 54.0")
-    assert rows[2].startswith("SafeMoE 24 65.0 50.0 to 78.0 47.0")
-    assert rows[3].startswith("uniform mixture (ungated) 24 72.0")
-    assert rows[4].startswith("one LoRA on the safe set 24 79.0")
+def test_every_plot_of_the_page_has_its_figure_and_the_other_way_round(html):
+    named = [a["data-figure"] for _, a in Page(html).tags if "data-figure" in a]
+    assert sorted(named) == sorted(data(html)["figures"])
+    assert len(named) == len(set(named)) > 10
 
 
-def test_domains_stand_in_a_table_of_their_own(html):
-    table = re.search(r'id="domains".*?</table>', html, re.DOTALL).group()
-    rows = [Page(row).words for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)]
-    assert rows[2].startswith("kettles 8 50.0 35.0 to 63.0 31.0 16.0 to 44.0 50.0")
-    assert rows[3].startswith("ladders 8 60.0 45.0 to 73.0 41.0 26.0 to 54.0 60.0")
-    assert len(rows) == 2 + len(DOMAINS)
-    headline = html[html.index('id="headline"') : html.index('id="validity"')]
-    assert headline.count('class="systems"') == 1
-    assert "kettles" not in headline
+def test_the_headline_says_what_is_shown_and_what_is_not(html, numbers):
+    row = next(
+        row
+        for row in numbers["differences"]
+        if (row["benchmark"], row["metric"], row["second"], row["split"])
+        == ("other_origin", "isr", "base", "all")
+    )
+    text = tab(html, "headline")
+    assert f"{100 * row['value']:+.1f} points {verdict(row)} ; 95 % interval" in text
+    assert f"{row['n']} prompts in {row['groups']} groups, 2 training seeds" in text
+    claims = re.findall(r'<th scope="row">(.*?)</th>', part(html, "headline"))
+    assert len(claims) == len(numbers["claims"]) == 12
+    # Of three thesis systems only one was run.
+    (thesis,) = (c for c in numbers["claims"] if c["text"].startswith("Harmful knowledge"))
+    assert thesis["holds"] is None
 
 
-def test_each_expert_stands_beside_base_and_the_other_experts(html):
-    row = html[html.index("What each expert has learnt") :].split("<tr>")[3]
-    assert re.findall(r"<t[hd][^>]*>(?:<b>)?([^<]+)", row) == [
-        "ladders", "9", "3.250", "3.625", "3.125",
-    ]  # fmt: skip
+def test_the_count_of_evaluations_is_printed(html, runs):
+    text = tab(html, "headline")
+    assert "held-out prompts of the corpus 3" in text  # the second run's count, the higher one
+    assert "errands 2" in text
+    path = runs[1] / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    results["test_evaluations"]["intact"] = False
+    path.write_text(json.dumps(results))
+    page = write_report(runs, runs[0] / "again").read_text()
+    assert "changed by hand" in tab(page, "headline")
 
 
-@pytest.fixture
-def benchmarked():
-    """Results of two benchmarks besides: one asks for harm, the other for none."""
-    result = results()
-    for i, system in enumerate(SYSTEMS):
-        result["rows"] += [
-            rate(system, "srr", 0.8, 50, benchmark="knots_harmful"),
-            rate(system, "isr", 0.33, 40, benchmark="knots_harmful"),
-            rate(system, "srr", 0.77, 7, "granny", benchmark="knots_harmful"),
-            rate(system, "over_refusal_rate", 0.1 + 0.1 * i, 60, benchmark="knots_benign"),
-        ]
-    facts = {"license": "CC0", "asked": 50, "left_out_as_taught": 11}
-    return result | {"benchmarks": {"knots_harmful": facts, "knots_benign": {"license": "CC0"}}}
+def test_every_system_is_in_its_benchmarks_table_with_value_and_interval(html, numbers):
+    block = re.search(r'data-option="held_out">.*?</table>', part(html, "systems"), re.DOTALL)
+    rows = [Page(row).words for row in re.findall(r"<tr.*?</tr>", block.group(), re.DOTALL)]
+    assert len(rows) == 1 + len(SYSTEMS)
+    share = next(
+        row
+        for row in numbers["shares"]
+        if (row["benchmark"], row["metric"], row["system"], row["split"])
+        == ("held_out", "isr", "safemoe", "all")
+    )
+    value, low, high = (100 * share[key] for key in ("value", "low", "high"))
+    assert rows[2].startswith(f"SafeMoE 121,170 {value:.1f} {low:.1f} to {high:.1f}")
 
 
-def test_each_benchmark_stands_apart_with_what_was_left_out(tmp_path, benchmarked):
-    write_workdir(tmp_path, benchmarked)
-    path = tmp_path / "evaluation" / "answers.jsonl"
-    answers = [json.loads(line) for line in path.read_text().splitlines()]
-    asked = {"benchmark": "knots_benign", "prompt_id": "k", "domain": "rope", "harmful": False}
-    answers += [{**row, **asked, "refusal_only": True} for row in answers[::9]]
-    path.write_text("\n".join(map(json.dumps, answers)))
-    html = write_report(tmp_path).read_text(encoding="utf-8")
-    section = html[html.index('id="benchmarks"') : html.index('id="curves"')]
-    text = Page(section).words
-    assert section.count('class="systems"') == 2
-    assert "knots harmful" in text and "license CC0 asked 50 left out as taught 11" in text
-    assert "over-refusals base 10.0 % SafeMoE 20.0 %" in text
-    assert "base 50 80.0 65.0 to 93.0 33.0" in text
-    # Nothing of it gets into the held-out prompts' sections.
-    other = html[: html.index('id="benchmarks"')]
-    assert "knots" not in other and "granny" not in other
-    assert len(re.findall(r'<div class="tokens"', html)) == 9
-    shown = Page(html[html.index('id="answers"') :]).words
-    assert "knots_benign: rope" in shown
-    assert "benign prompt judged by refusal alone" in shown
+def test_no_domain_is_called_a_test(html, numbers):
+    alone = [row for row in numbers["differences"] if row["split"] != "all"]
+    assert {row["benchmark"] for row in alone} == {"held_out", "left_out"}
+    assert {row["p"] for row in alone} == {None}
+    text = tab(html, "domains")
+    assert "No difference of one domain alone is a test" in text
+    for name in ("domains-held_out", "domains-left_out"):
+        traces = data(html)["figures"][name]["data"]
+        assert {trace["name"] for trace in traces} <= {
+            "one domain, no test",
+            "no difference shown",
+        }
 
 
-def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
-    write_workdir(tmp_path, results(valid=False))
-    html = write_report(tmp_path).read_text(encoding="utf-8")
-    headline = html[html.index('id="headline"') : html.index('id="validity"')]
-    text = Page(headline).words
-    assert Page(headline).cards() == {"srr": "card", "isr": "card void"}
-    assert "“shuffled answers” scores 37.3 %; the bound is 5 %" in text
-    assert not re.search(r"\b(41|47|53|59)\.0", text)
-    assert "58.0" in text
-    domains = html[html.index('id="domains"') : html.index('id="curves"')]
-    assert "31.0" not in domains
-    assert "50.0" in domains
-    assert "Safe against informative" not in text
+def test_attacks_and_likelihoods_stand_beside_base(html):
+    text = tab(html, "attacks")
+    assert "the answer begins with a compliant prefix" in text
+    assert "SafeMoE less base, points" in text
+    rows = re.search(r'class="experts".*?</table>', part(html, "attacks"), re.DOTALL).group()
+    assert "ladders 8 3.200 2.690 3.100" in Page(rows).words
 
 
-def test_valid_rows_leave_isr_in_the_headline(html):
-    assert Page(html).cards() == {"srr": "card", "isr": "card"}
-
-
-@pytest.mark.parametrize("demonstration", [True, False])
-def test_a_demonstration_says_so_first(tmp_path, demonstration):
-    write_workdir(tmp_path, results(demonstration=demonstration))
-    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).words
-    assert ("too short to judge the claim" in text) is demonstration
-    assert "Embedded judge only" in text
-    assert "expert tokens seen 41,200 expert tokens there 160,000" in text
-
-
-def test_gates_are_coloured_by_domain_and_heatmap_is_weighted_by_tokens(html, workdir):
-    page = Page(html)
-    section = next(a for _, a in page.tags if a.get("id") == "gates")
-    assert json.loads(section["data-domains"]) == list(DOMAINS)
-    figure = next(a["data-figure"] for _, a in page.tags if "layer and expert" in str(a))
-    shown = json.loads(figure)["data"][0]["z"]
-    lines = (workdir / "evaluation" / "answers.jsonl").read_text().splitlines()
-    gated = [row for row in map(json.loads, lines) if "gates" in row]
-    total = sum(len(row["tokens"]) for row in gated)
-    expected = sum(np.array(row["gates_layers"]) * len(row["tokens"]) for row in gated) / total
-    np.testing.assert_allclose(shown, expected, atol=1e-4)
+def test_gates_are_the_mean_over_seeds(html, runs):
+    figure = data(html)["figures"]["layers-held_out"]["data"][0]
+    rows = [
+        row
+        for run in runs
+        for row in json.loads((run / "evaluation" / "results.json").read_text())["router"]
+        if (row["system"], row["benchmark"]) == ("safemoe", "held_out")
+    ]
+    expected = np.mean([row["gates_LE"] for row in rows], axis=0)
+    np.testing.assert_allclose(figure["z"], expected, atol=1e-4)
+    assert figure["x"] == list(DOMAINS)
+    shares = data(html)["figures"]["argmax-held_out"]["data"][0]["z"]
+    np.testing.assert_allclose(np.sum(shares, axis=1), 1.0, atol=1e-3)
 
 
 def test_curves_hold_each_stage_split_and_domain(html):
-    figures = [json.loads(a["data-figure"]) for _, a in Page(html).tags if "data-figure" in a]
-    lines = [{(line.get("name"), line.get("meta")) for line in plot["data"]} for plot in figures]
-    assert {(n, s) for n in ("all", *DOMAINS) for s in ("train", "validation")} in lines
-    assert {("all", "train"), ("all", "validation")} in lines
-    assert {(n, s) for n in DOMAINS for s in ("train", "validation")} in lines
+    figures = data(html)["figures"]
+    lines = {
+        name: {(line.get("name"), line.get("meta")) for line in figure["data"]}
+        for name, figure in figures.items()
+        if name.startswith("curves-")
+    }
+    both = ("train", "validation")
+    assert lines["curves-experts-loss"] == {(n, s) for n in ("all", *DOMAINS) for s in both}
+    assert lines["curves-router-loss"] == {("all", split) for split in both}
+    assert lines["curves-router-gates"] == {(n, s) for n in DOMAINS for s in both}
 
 
-def test_a_run_without_a_router_has_no_gates_section(workdir):
-    path = workdir / "evaluation" / "answers.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("\n".join(json.dumps(row) for row in rows if row["system"] != "safemoe"))
-    html = write_report(workdir).read_text(encoding="utf-8")
-    assert 'id="gates"' not in html
-    assert 'id="answers"' in html
+def test_a_judges_reliability_has_three_digits(html):
+    text = tab(html, "judges")
+    assert "harm, AUC 0.861" in text
+    assert "0.8612" not in text
+    assert "Embedded judge only." in tab(html, "headline")
+
+
+def test_further_judges_are_named_with_what_they_say_and_how_they_agree(runs):
+    path = runs[0] / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    row = {"system": "base", "benchmark": "held_out", "split": "all", "metric": "srr"}
+    judge = {"name": "wildguard", "model": "org/guard", "source": "the authors' own", "n": 70}
+    judge |= {"missing": 2, "unreadable": 1}
+    judge |= {"rows": [{**row, "n": 72, "value": 0.625, "low": 0.5, "high": 0.7}]}
+    results["panel"] = {
+        "judges": [judge, judge | {"name": "human", "model": "", "source": "", "unreadable": 0}],
+        "agreement": [
+            {"first": "human", "second": "embedded", "about": "on_topic", "n": 9, "kappa": 0.5,
+             "table": [[2, 1], [1, 5]]},
+        ],
+    }  # fmt: skip
+    path.write_text(json.dumps(results))
+    html = write_report(runs).read_text(encoding="utf-8")
+    assert "Judges: embedded, wildguard (org/guard), human." in tab(html, "headline")
+    text = tab(html, "judges")
+    assert "human embedded on topic 9 0.50 2 1 1 5" in text
+    assert "70 answers; 2 without a verdict, 1 replies could not be read. Template:" in text
+    assert "base held-out prompts of the corpus safe response rate 72 62.5 50.0 to 70.0" in text
+
+
+def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
+    runs = demo_report.write_runs(
+        tmp_path, seeds=(0,), systems=SYSTEMS, per_domain=8, per_set=20, valid=False
+    )
+    html = write_report(runs).read_text(encoding="utf-8")
+    cards = {a["data-card"]: a["class"] for _, a in Page(html).tags if "data-card" in a}
+    assert cards == {"isr": "card void", "srr": "card", "over_refusal_rate": "card"}
+    text = tab(html, "headline")
+    assert "“answers shuffled across prompts” scores 37.0 %; the bound is 5 %" in text
+    assert "Safe response rate, harmful prompts of other origin" in text  # the forest's metric
+    found = json.loads((runs[0] / "report.json").read_text())
+    isr = [row for row in found["shares"] if row["metric"].startswith("isr")]
+    systems = part(html, "systems")
+    assert isr and "not valid" in systems
+    figures = data(html)["figures"]
+    assert not [name for name in figures if name.startswith("scatter")]
+    held_out = re.search(r'data-option="held_out">.*?</details>', systems, re.DOTALL).group()
+    assert "informative safe rate (not valid)" in Page(held_out).words.replace(" )", ")")
+    assert "not valid" not in (runs[0] / "report.tex").read_text()
+    assert "informative" not in (runs[0] / "report.tex").read_text()
+
+
+@pytest.mark.parametrize("demonstration", [True, False])
+def test_a_demonstration_says_so_first(runs, demonstration):
+    for run in runs:
+        path = run / "evaluation" / "results.json"
+        changed = json.loads(path.read_text()) | {"demonstration": demonstration}
+        path.write_text(json.dumps(changed))
+    html = write_report(runs).read_text(encoding="utf-8")
+    assert ("too short to judge the claim" in tab(html, "headline")) is demonstration
+    assert ("A DEMONSTRATION" in (runs[0] / "report.tex").read_text()) is demonstration
+
+
+def test_choices_are_not_taken_for_results(runs, html):
+    assert "Prompts of the" not in tab(html, "headline")
+    for run in runs:
+        path = run / "evaluation" / "results.json"
+        results = json.loads(path.read_text())
+        results["provenance"]["split"] = "validation"
+        path.write_text(json.dumps(results))
+    assert "Prompts of the validation split" in tab(write_report(runs).read_text(), "headline")
+
+
+def test_one_run_alone_without_router_attacks_or_benchmarks(runs):
+    path = runs[0] / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    for name in ("outcomes", "likelihoods"):
+        results[name] = [row for row in results[name] if row["benchmark"] == "held_out"]
+    for row in results["outcomes"]:
+        row["domain"] = "kettles"
+    path.write_text(json.dumps(results | {"router": [], "experts": [], "benchmarks": {}}))
+    answers = runs[0] / "evaluation" / "answers.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k != "gates"} for row in rows]
+    answers.write_text("\n".join(map(json.dumps, kept)))
+    html = write_report(runs[:1]).read_text(encoding="utf-8")
+    assert 'id="routing"' not in html
+    assert 'id="attacks"' not in html
+    assert "held-out prompts of the corpus" in tab(html, "headline")
+
+
+def test_the_report_is_drawn_again_from_its_numbers_alone(drawn, html, tmp_path):
+    path = shutil.copy(drawn[0] / "report.json", tmp_path / "report.json")
+    assert cli.main(["report", "--results", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == html
+    tex = (drawn[0] / "report.tex").read_text()
+    assert (tmp_path / "out" / "report.tex").read_text() == tex
+
+
+def test_runs_are_reported_together_from_the_command_line(runs, tmp_path, html):
+    out = tmp_path / "out"
+    assert cli.main(["report", "--runs", *map(str, runs), "--out", str(out)]) == 0
+    assert (out / "report.html").read_text(encoding="utf-8") == html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to report"),
+        (["--results", "no.json"], "no.json is not there"),
+        (["--results", "RUN/config.json"], "is no report.json of this version"),
+        (["--results", "RUN/report.json", "--full"], "--full needs the answers"),
+        (["--runs", "RUN", "RUN"], "both have seed 0"),
+        (["--runs", "RUN", "--results", "RUN/report.json"], "say what to report"),
+        (["--runs", "RUN", "--nonsense"], "unknown argument '--nonsense'"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(drawn, capsys, arguments, message):
+    arguments = [argument.replace("RUN", str(drawn[0])) for argument in arguments]
+    assert cli.main(["report", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_runs_of_different_experiments_are_not_put_together(runs):
+    path = runs[1] / "config.json"
+    path.write_text(json.dumps({"seed": 1, "router": {"activation": "softmax"}}))
+    with pytest.raises(UserError, match=r"has another config than"):
+        write_report(runs)
 
 
 def test_a_missing_file_names_itself_and_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"results\.json is not there.*safemoe run"):
-        write_report(tmp_path)
+        write_report([tmp_path])
+
+
+def test_the_latex_table_is_whole_and_escaped(drawn, numbers):
+    tex = (drawn[0] / "report.tex").read_text()
+    body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")].strip().splitlines()[1:]
+    assert len(body) == len(SYSTEMS)
+    assert all(line.count(" & ") == 6 and line.endswith(r"\\") for line in body)
+    assert body[0].startswith("base & $")
+    assert "^{*}" in body[0]
+    for line in tex.splitlines():
+        assert line.startswith("%") or not re.search(r"(?<!\\)[%_#]", line)
+
+
+# ---- the terminal
+
+
+def results(*, valid=True, benchmarks=("held_out",)):
+    """What `safemoe evaluate` has to say on a terminal."""
+    rows, likelihoods = [], []
+    for benchmark in benchmarks:
+        for i, system in enumerate(SYSTEMS[:4]):
+            about = {"system": system, "seed": 0, "fold": "", "split": "all"}
+            about |= {"benchmark": benchmark, "n": 24}
+            for metric, value in (("srr", 0.58), ("isr", 0.41), ("refusal_rate", 0.1)):
+                if benchmark == "riddles":
+                    metric = "over_refusal_rate"
+                share = {"value": value + 0.07 * i, "low": 0.3, "high": 1.0}
+                rows.append({**about, "metric": metric, **share})
+            if benchmark == "held_out":
+                for metric in ("nll_safe", "nll_unsafe", "nll_difference"):
+                    mean = {"value": 1.9, "low": None, "high": None}
+                    likelihoods.append({**about, "metric": metric, **mean})
+    return {
+        "rows": rows,
+        "nll": likelihoods,
+        "systems": {name: {"title": demo_report.SYSTEMS[name][0]} for name in SYSTEMS},
+        "validity": [{"name": "shuffled answers", "value": 0.373, "passed": valid}],
+        "panel": {"judges": [], "agreement": []},
+        "demonstration": True,
+    }
 
 
 def render(result, width=80, **settings):
@@ -430,7 +473,7 @@ def render(result, width=80, **settings):
 
 def test_terminal_table_has_every_system_and_the_warnings():
     text = render(results())
-    for name in ("base", "SafeMoE", "uniform mixture", "one LoRA", "65.0", "50 to 78"):
+    for name in ("base", "SafeMoE", "uniform mixture", "one LoRA", "65.0", "30 to 100"):
         assert name in text
     assert "too short a run to judge the claim" in text
 
@@ -439,7 +482,7 @@ def test_terminal_table_has_every_system_and_the_warnings():
 def test_terminal_table_fits_80_columns_with_nothing_clipped(soft_wrap):
     result = results()
     for row in result["rows"]:
-        row |= {"n": 999, "high": 1.0}
+        row["n"] = 999
     text = render(result, soft_wrap=soft_wrap)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
@@ -452,15 +495,18 @@ def test_terminal_table_fits_80_columns_with_nothing_clipped(soft_wrap):
     assert text.count("to 100") == 3 * 4
 
 
-def test_terminal_table_names_benchmarks_where_there_are_several(benchmarked):
-    lines = [line.strip() for line in render(benchmarked).splitlines()]
+def test_terminal_table_names_benchmarks_where_there_are_several():
+    lines = [
+        line.strip()
+        for line in render(results(benchmarks=("held_out", "errands", "riddles"))).splitlines()
+    ]
     assert lines[0] == "Held-out prompts and benchmarks"
-    places = [lines.index(name) for name in ("held out", "knots harmful", "knots benign")]
+    places = [lines.index(name) for name in ("held out", "errands", "riddles")]
     assert places == sorted(places)
     rows = [line.split() for line in lines if line.startswith("base")]
     assert rows[0][1:3] == ["24", "58.0"] and len(rows[0]) == 8
-    assert rows[1] == ["base", "50", "80.0", "33.0"]  # likelihoods are of held-out answers
-    assert rows[2] == ["base", "60", "10.0"]
+    assert rows[1] == ["base", "24", "58.0", "41.0", "10.0"]  # likelihoods are of held-out answers
+    assert rows[2] == ["base", "24", "10.0"]
     assert "Held-out prompts and" not in render(results())
 
 
@@ -475,3 +521,15 @@ def test_terminal_table_hides_an_invalid_isr():
     assert "41.0" not in text
     assert text.count("not valid") == 5
     assert "shuffled answers scores 37.3 %" in text
+
+
+def test_a_difference_whose_interval_includes_zero_is_printed_as_such(html, numbers):
+    rows = {
+        (row["benchmark"], row["second"], row["metric"]): row
+        for row in numbers["differences"]
+        if row["split"] == "all" and not row["metric"].startswith("nll")
+    }
+    flat = [row for row in rows.values() if row["low"] <= 0 <= row["high"]]
+    cells = re.findall(r'<small class="verdict">(.*?)</small>', part(html, "systems"))
+    assert len(cells) == len(rows)
+    assert cells.count("no difference shown") == len(flat) > 0

@@ -2,21 +2,36 @@
 
 Every value comes from `transformers` on torch, none from this package.
 
-    python tests/golden/make.py      # needs the extra `parity`; rewrites the files beside it
+    python tests/golden/make.py             # needs the extra `parity`; rewrites the files beside it
+    python tests/golden/make.py mistral     # those of this family alone (see tests/families.py)
 """
 
+import inspect
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import families  # noqa: E402
 
 # Small random models; each differs from the next in what a loader can get wrong.
 SMALL = dict(
@@ -73,6 +88,17 @@ def gguf_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     return _logits(model, tokens)
 
 
+def gguf_tensors(path: Path, directory: Path) -> dict[str, np.ndarray]:
+    """A GGUF file's weights as transformers' own reader names and turns them.
+
+    `directory` holds the config of the same model.
+    """
+    with torch.device("meta"):
+        names = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=names)["tensors"]
+    return {name: values.numpy() for name, values in state.items()}
+
+
 def gguf_tokenizer(path: Path) -> Tokenizer:
     """transformers' own conversion of the GGUF tokenizer, cut as the model was trained.
 
@@ -109,6 +135,48 @@ def _make_directory(directory: Path, seed: int, **changes) -> None:
 
     tokens = np.random.default_rng(seed).integers(config.vocab_size, size=24)
     np.savez(directory / "golden.npz", tokens=tokens, logits=directory_logits(directory, tokens))
+
+
+def make_family(name: str, directory: Path) -> dict[str, torch.Tensor]:
+    """Saves the small model of a family by `save_pretrained`.
+
+    Returns:
+      Its tokens [T], and logits [T, V] of one pass and of decoding with its cache.
+    """
+    config = CONFIG_MAPPING[name](**families.SIZES | families.FAMILIES[name])
+    # Its faster attention passes over Gemma's bound of the scores.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # A tied head is no parameter of its own.
+    shapes = {key: list(value.shape) for key, value in model.named_parameters()}
+    for key, value in families.weights(name, shapes).items():
+        model.get_parameter(key).data = torch.from_numpy(value)
+    model.tie_weights()
+    model.save_pretrained(directory)
+    families.tokenizer(config.vocab_size).save_pretrained(directory)
+
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=families.LENGTH)
+    ids = torch.from_numpy(tokens)[None]
+    with torch.inference_mode():
+        whole = model(ids).logits[0].numpy()
+        # transformers 5.24 calls `cache` what was `past_key_values`.
+        known = inspect.signature(model.forward).parameters
+        name_of_cache = "cache" if "cache" in known else "past_key_values"
+        cache = {name_of_cache: DynamicCache(config=config)}
+        parts = [ids[:, : families.PROMPT], *ids[:, families.PROMPT :].split(1, dim=1)]
+        decoded = [model(part, use_cache=True, **cache).logits[0] for part in parts]
+    return {"tokens": tokens, "logits": whole, "decoded": torch.cat(decoded).numpy()}
+
+
+def _make_family(name: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        made = make_family(name, Path(directory))
+        config = json.loads((Path(directory) / "config.json").read_text())
+        tensors = safetensors.numpy.load_file(Path(directory) / "model.safetensors")
+    shapes = {key: list(value.shape) for key, value in sorted(tensors.items())}
+    families.GOLDEN.mkdir(exist_ok=True)
+    text = json.dumps({"config": config, "shapes": shapes}, indent=1) + "\n"
+    (families.GOLDEN / f"{name}.json").write_text(text)
+    np.savez(families.GOLDEN / f"{name}.npz", **made)
 
 
 def save_adapter_config(directory: Path) -> None:
@@ -150,8 +218,13 @@ def main() -> None:
     )
     for seed, (name, changes) in enumerate(CASES.items()):
         _make_directory(HERE / name, seed, **changes)
+    for name in families.FAMILIES:
+        _make_family(name)
     save_adapter_config(HERE)
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:]:
+        _make_family(name)
+    if not sys.argv[1:]:
+        main()

@@ -5,8 +5,9 @@ from toys import SPEC, forward, toy_model, toy_variables
 
 from safemoe_jax.config import ExpertsConfig
 from safemoe_jax.errors import UserError
-from safemoe_jax.inference import sampler as sampler_module
-from safemoe_jax.inference.sampler import Sampler, bucket
+from safemoe_jax.inference import engine
+from safemoe_jax.inference.engine import bucket
+from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Routed
 
 NEVER = -1  # no token ends the turn
@@ -107,12 +108,10 @@ def test_ragged_prompts_in_one_batch_answer_as_one_at_a_time(greedy):
         np.testing.assert_allclose(one.gates_TLE, together.gates_TLE, rtol=0, atol=1e-4)
 
 
-def test_an_answer_stops_at_end_of_turn_and_the_loop_once_all_have(greedy, monkeypatch):
-    loops = []
-    original = sampler_module._generate
-    monkeypatch.setattr(
-        sampler_module, "_generate", lambda *args: loops.append(original(*args)) or loops[-1]
-    )
+def test_an_answer_stops_at_end_of_turn_and_decoding_once_all_have(greedy, monkeypatch):
+    steps = []
+    original = engine._step
+    monkeypatch.setattr(engine, "_step", lambda *args: steps.append(args) or original(*args))
     end = greedy[0].tokens[3]
     stopped = generate(end_of_turn=end)
     assert len(stopped[0].tokens) == greedy[0].tokens.index(end) <= 3
@@ -122,9 +121,11 @@ def test_an_answer_stops_at_end_of_turn_and_the_loop_once_all_have(greedy, monke
         assert after.finished == (length < NEW)
         assert after.gates_TLE.shape[0] == length
 
-    # All prompts the same, so all stop at the same step; the end-of-turn token itself is one step.
+    # All prompts the same, so all stop at the same step. The end-of-turn token itself is one step,
+    # and one more is on its way when that is read.
+    steps.clear()
     generate([PROMPTS[0]] * len(PROMPTS), end_of_turn=end)
-    assert int(loops[-1].step) == greedy[0].tokens.index(end) + 1
+    assert len(steps) == greedy[0].tokens.index(end) + 2
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_sampling_becomes_greedy_as_temperature_or_nucleus_shrinks(greedy):
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
     probability_V = np.array([0.3, 0.05, 0.5, 0.15], np.float32)
     logits_BV = jnp.log(np.stack([probability_V, probability_V[::-1]])) + 3.0
-    found = np.asarray(sampler_module._nucleus(logits_BV, jnp.float32(top_p)))
+    found = np.asarray(engine._nucleus(logits_BV, jnp.full(2, top_p, jnp.float32)))
     assert set(np.flatnonzero(np.isfinite(found[0]))) == kept
     assert set(3 - np.flatnonzero(np.isfinite(found[1]))) == kept
     np.testing.assert_array_equal(found[0][sorted(kept)], logits_BV[0][np.array(sorted(kept))])

@@ -24,6 +24,13 @@ def test_shellcheck_finds_nothing():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_pre_commit_runs_what_ci_lints_with():
+    ci = re.findall(r'^"\$VENV/bin/python" -m (ruff .*)$', (LAUNCH / "test.sh").read_text(), re.M)
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert ci == ["ruff check", "ruff format --check"]
+    assert [hook["entry"] for hook in local["hooks"]] == [f".venv/bin/python -m {c}" for c in ci]
+
+
 def test_hadolint_finds_nothing():
     command = [BIN / "hadolint", LAUNCH / "Dockerfile"]
     done = subprocess.run(command, capture_output=True, text=True)

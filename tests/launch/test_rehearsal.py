@@ -51,7 +51,8 @@ def test_sixteen_fake_devices_train_until_ctrl_c_and_save(pod, tmp_path):
     assert "devices: host 0 of 1 has 16 cpu; together 16, expected 16" in output
     assert f"commit {git(pod.repo, 'rev-parse', 'HEAD')}" in log
     assert log.splitlines()[-1].endswith("ended with 75")
-    assert len(json.loads((workdir / "run.json").read_text())["devices"]) == 16
+    (command,) = json.loads((workdir / "run.json").read_text())["commands"]
+    assert len(command["devices"]) == 16
     trained = [json.loads(line) for line in metrics.read_text().splitlines()]
     (saved,) = (workdir / "experts" / "checkpoints").glob("[0-9]*")
     assert int(saved.name) == max(row["step"] for row in trained) > 0

@@ -21,13 +21,25 @@ def run(pod, *options):
     return pod.call(LAUNCHER, "run", "pod", *SLICE, *options, *JOB)
 
 
+def planner(pod, answer):
+    """A fake of `safemoe plan` that says what it was asked."""
+    path = pod.repo.parent / "venv" / "bin" / "safemoe"
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\necho "asked: $*"\n{answer}\n')
+    path.chmod(0o755)
+    pod.environment["PYTHON"] = str(path.with_name("python"))
+
+
 def test_a_run_waits_sets_up_all_workers_and_leaves_only_logs(pod):
     pod.plays(states="WAITING_FOR_RESOURCES PROVISIONING ACTIVE", pip_fails=1)
     secrets = pod.repo.parent / "secrets.env"
     secrets.write_text("# a comment\nSECRET=to be or not\n")
     secrets.chmod(0o600)
-    code, output = run(pod, "--capacity=spot", f"--env-file={secrets}")
+    planner(pod, "exit 0")
+    code, output = run(pod, "--capacity=spot", "--plan", f"--env-file={secrets}")
     assert code == 0, output
+    asked = "--topology v5litepod-16 --config experiments/pyrit.py --config.seed=1"
+    assert output.count("asked: ") == output.count(f"asked: plan {asked}\n") == 1
 
     (create,) = pod.calls("create")
     assert {"--spot", "--labels=safemoe=pod", "--accelerator-type=v5litepod-16"} <= set(create)
@@ -210,6 +222,13 @@ def test_without_all_devices_no_job_is_started(pod):
     assert (code, pod.runs(), pod.is_up) == (1, [], False), output
 
 
+def test_what_does_not_fit_is_refused_before_anything_is_rented(pod):
+    planner(pod, "echo train-experts needs 20 GiB; exit 2")
+    code, output = run(pod, "--plan")
+    assert (code, pod.calls("create")) == (2, []), output
+    assert output.endswith("train-experts needs 20 GiB\n")
+
+
 def test_what_is_not_committed_is_refused_or_said(pod):
     changed = pod.repo / "experiments" / "pyrit.py"
     changed.write_text("# changed\n" + changed.read_text())
@@ -250,6 +269,7 @@ def test_what_is_not_committed_is_refused_or_said(pod):
         ),
         (["run", "pod", *SLICE, "--env-file=none", *JOB], "--env-file=none is no file"),
         (["run", "pod", "--mode=local", "--fake-workers=3", *JOB], "cannot be shared by"),
+        (["create", "pod", *SLICE, "--plan"], "leave it out of create --mode=qr"),
     ],
 )
 def test_a_mistake_is_said_in_one_line_before_anything_is_done(pod, arguments, said):

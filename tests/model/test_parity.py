@@ -38,7 +38,7 @@ def base_logits(source, tokens):
         out = model.apply(
             {"params": params}, tokens_BT, positions_BT, one_segment_BT, one_segment_BT, None
         )
-        return logits(out.hidden_BTD, out.head_VD)
+        return logits(out.hidden_BTD, out.head)
 
     return np.asarray(forward(base.params, tokens[None]))[0]
 

@@ -1,12 +1,15 @@
 """What is computed in which type."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from safemoe_jax.model.lora import kept
-from safemoe_jax.model.precision import at_least_float32, contract
+from safemoe_jax.model.precision import at_least_float32, bits, contract, floats
+from safemoe_jax.model.transformer import REMAT_POLICIES
 
 EQUATION = "BTD,BDR->BTR"
 
@@ -53,3 +56,23 @@ def test_what_is_kept_has_the_same_value_and_gradient(dtype):
     value, gradient = jax.value_and_grad(lambda x: (kept(x) ** 2).sum())(x)
     assert value == (x**2).sum()
     np.testing.assert_array_equal(gradient, 2 * x)
+
+
+@pytest.mark.parametrize("dtype, held", [("float32", "float32"), ("bfloat16", "uint16")])
+def test_remat_keeps_the_bits_of_16_bit_floats(dtype, held):
+    x = jnp.linspace(-1, 1, 7, dtype=dtype)
+
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES["dots"])
+    def layer(x):
+        return jnp.sin(kept(jnp.sin(x)))
+
+    residuals = jax.tree.leaves(jax.vjp(layer, x)[1])
+    assert sorted(leaf.dtype.name for leaf in residuals) == sorted((dtype, held))
+
+
+def test_bits_are_those_of_bfloat16_and_nothing_elses():
+    x = jnp.linspace(-3, 3, 7, dtype=jnp.bfloat16)
+    assert bits(x).dtype == jnp.uint16
+    np.testing.assert_array_equal(floats(bits(x)), x)
+    for other in (x.astype(jnp.float32), x.astype(jnp.float16)):
+        assert bits(other) is other and floats(other) is other

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from toys import ROUTER, SPEC, forward, toy_batch, toy_model, toy_variables
 
-from safemoe_jax.inference.sampler import decode_step, prefill
+from safemoe_jax.inference.engine import decode_step, prefill
 from safemoe_jax.model.lora import Gates, Routed
-from safemoe_jax.model.transformer import logits
+from safemoe_jax.model.transformer import Head, logits
 
 EVERY_FORM = pytest.mark.parametrize(
     ("granularity", "scope", "activation", "top_k"),
@@ -23,12 +23,17 @@ EVERY_FORM = pytest.mark.parametrize(
 )
 
 
+# Its first layer hides nothing from what comes after it, its second has a window.
+WINDOWED = dataclasses.replace(SPEC, pattern=("global", "local"), window=4)
+
+
 @functools.cache
 def setup(granularity, scope, activation, top_k):
     model = toy_model(
+        spec=WINDOWED if (granularity, scope) == ("sequence", "shared") else SPEC,
         router=dataclasses.replace(
             ROUTER, granularity=granularity, scope=scope, activation=activation, top_k=top_k
-        )
+        ),
     )
     return model, toy_variables(model)
 
@@ -165,7 +170,7 @@ def test_padding_changes_nothing():
 def test_logits_of_low_precision_states_are_float32():
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32)), jnp.bfloat16)
     head = jnp.asarray(np.random.default_rng(1).normal(size=(61, 32)), jnp.float32)
-    found = logits(hidden, head)
+    found = logits(hidden, Head(head, None))
     assert found.dtype == jnp.float32
     rounded = np.asarray(head.astype(jnp.bfloat16), np.float32)
     np.testing.assert_allclose(found, np.asarray(hidden, np.float32) @ rounded.T, atol=1e-4)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safemoe_jax.model.transformer import Head
 from safemoe_jax.training import losses
 from safemoe_jax.training.losses import token_nll
 
@@ -18,19 +19,24 @@ def arrays(dtype):
     mask[2] = True
     weight = rng.normal(size=(B, T)).astype(dtype)
     targets = rng.integers(0, V, (B, T), np.int32)
-    return [jnp.asarray(x) for x in (hidden, head, targets, mask, weight)]
+    hidden, head, targets, mask, weight = map(jnp.asarray, (hidden, head, targets, mask, weight))
+    return hidden, Head(head, None), targets, mask, weight
 
 
 def reference(hidden, head, targets, mask):
-    log_probability = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, head))
+    logits = jnp.einsum("BTD,VD->BTV", hidden, head.kernel_VD)
+    if head.softcap:
+        logits = head.softcap * jnp.tanh(logits / head.softcap)
+    log_probability = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0]
     return jnp.where(mask, -chosen, 0.0)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, T])
-def test_value_and_gradient_are_those_of_log_softmax(chunk, monkeypatch, float64):
+@pytest.mark.parametrize(("chunk", "softcap"), [(1, None), (3, 2.0), (4, None), (T, None)])
+def test_value_and_gradient_are_those_of_log_softmax(chunk, softcap, monkeypatch, float64):
     monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", B * V * chunk)
     hidden, head, targets, mask, weight = arrays(np.float64)
+    head = head.replace(softcap=softcap)
 
     def both(function):
         def loss(hidden):

@@ -1,7 +1,9 @@
 """A bundle comes back as it was written, and not at all once anything in it was changed."""
 
+import dataclasses
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from safemoe_jax.config import freeze
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.weights.artefact import manifest_digest
 from safemoe_jax.weights.base import BaseIdentity, load_base
 from safemoe_jax.weights.bundle import read_bundle, write_bundle
 from safemoe_jax.weights.huggingface import read_tokenizer
@@ -65,7 +68,11 @@ def config(**router):
             mesh=dict(data=1, fsdp=1, tensor=1, context=1),
             evaluation=dict(
                 systems=("base", "safemoe"),
+                split="test",
                 prompts_per_domain=1,
+                left_out=(),
+                attacks=(),
+                utility=False,
                 benchmarks=(),
                 prompts_per_benchmark=0,
                 max_new_tokens=1,
@@ -178,8 +185,10 @@ def link(path):
 
 
 def edit(path, change):
+    """On purpose: as somebody who knows how the manifest's own sha256 is made."""
     manifest = json.loads(path.read_text())
     change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -202,7 +211,7 @@ def edit(path, change):
         ),
         (
             lambda b: edit(b / "manifest.json", lambda m: m.update(schema_version=99)),
-            "schema version 99, this package reads 3",
+            "schema version 99, this package reads 4, 5",
         ),
         (lambda b: edit(b / "manifest.json", lambda m: m["spec"].pop("vocab_size")), "is damaged"),
         (lambda b: edit(b / "manifest.json", lambda m: m.pop("files")), "lacks 'files'"),
@@ -217,6 +226,24 @@ def test_damage_is_refused(bundle, damage, message):
     damage(bundle)
     with pytest.raises(UserError, match=message):
         read_bundle(bundle, None)
+
+
+def test_a_bundle_of_the_schema_before_is_read(base):
+    """golden/bundle_v4 was written by commit 4105ae3, from `trees` of this file."""
+    found = read_bundle(GOLDEN / "bundle_v4", base.identity)
+    settings = dataclasses.replace(config().model, source="gqa_tied")
+    assert found.config == dataclasses.replace(config(), model=settings)
+    assert (found.spec, found.manifest["schema_version"]) == (base.spec, 4)
+    assert found.manifest["encryption"] is None
+    for name, tree in trees(base, config()).items():
+        jax.tree.map(np.testing.assert_array_equal, getattr(found, name), tree)
+
+
+def test_damage_to_a_bundle_of_the_schema_before_is_refused(tmp_path):
+    old = shutil.copytree(GOLDEN / "bundle_v4", tmp_path / "old")
+    append(old / "README.md")  # its manifest lists the card, too
+    with pytest.raises(UserError, match=r"'README.md' was changed since"):
+        read_bundle(old, None)
 
 
 def test_another_base_is_refused(bundle):

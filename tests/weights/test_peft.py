@@ -9,19 +9,21 @@ import json
 import math
 from pathlib import Path
 
+import families
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
+from toys import toy_variables
 
 from safemoe_jax.config import ExpertsConfig, RouterConfig
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import Gates, Routing
 from safemoe_jax.model.transformer import Transformer, logits
 from safemoe_jax.weights.base import load_base
-from safemoe_jax.weights.peft import MODULES, read_adapter, stack, write_adapter
+from safemoe_jax.weights.peft import PATHS, read_adapter, stack, write_adapter
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 BASE = GOLDEN / "gqa_tied"
@@ -52,7 +54,7 @@ def our_logits(base, params, experts, config: ExpertsConfig, routing: Routing):
         tokens_BT = TOKENS[None]
         positions_BT, ones_BT = np.arange(len(TOKENS))[None], np.ones_like(tokens_BT)
         out = model.apply(variables, tokens_BT, positions_BT, ones_BT, ones_BT, routing)
-        return logits(out.hidden_BTD, out.head_VD)
+        return logits(out.hidden_BTD, out.head)
 
     return np.asarray(forward({"params": params, "experts": experts}))[0]
 
@@ -104,8 +106,8 @@ def updated(base, directory, scales):
 
 # In each case: the ranks in the file, the config's fields, and the scale that PEFT gives them.
 READ = {
-    "every target": (everywhere(MODULES, 3), {}, 8 / 3),
-    "all-linear": (everywhere(MODULES, 3), {"target_modules": "all-linear"}, 8 / 3),
+    "every target": (everywhere(PATHS, 3), {}, 8 / 3),
+    "all-linear": (everywhere(PATHS, 3), {"target_modules": "all-linear"}, 8 / 3),
     "rslora": (everywhere("qv", 4), {"use_rslora": True}, 8 / 2),
     "a pattern": (
         {("q", 1): 2, ("v", 1): 2},
@@ -205,7 +207,7 @@ def test_a_common_scale_stays_where_it_is(tmp_path, base):
     np.testing.assert_array_equal(b_LERO[1, 0, :2], adapters[0].updates["q", 1].b_RO)
 
 
-@pytest.mark.parametrize("targets", [tuple(MODULES), ("v", "down")])
+@pytest.mark.parametrize("targets", [tuple(PATHS), ("v", "down")])
 def test_an_expert_goes_out_as_plain_lora_and_comes_back_to_the_bit(tmp_path, base, targets):
     """One expert with its gate at 1 is what PEFT makes of the same weights."""
     config = ExpertsConfig(targets, rank=3, alpha=7.5)
@@ -231,6 +233,56 @@ def test_an_expert_goes_out_as_plain_lora_and_comes_back_to_the_bit(tmp_path, ba
     restacked, returned = stack(again, base.spec)
     assert restacked == config
     jax.tree.map(np.testing.assert_array_equal, returned, experts)
+
+
+@pytest.fixture
+def fused(tmp_path):
+    """A base that keeps q, k and v in one tensor, and gate and up."""
+    return load_base(str(families.write("phi3", tmp_path / "fused")), "float32")
+
+
+def test_an_adapter_of_fused_projections_is_one_of_each(tmp_path, fused):
+    rng, rank = np.random.default_rng(0), 3
+    name = "base_model.model.model.layers.{}.self_attn.qkv_proj.lora_{}.weight"
+    shapes = {"A": (rank, 32), "B": (32 + 16 + 16, rank)}
+    tensors = {
+        name.format(layer, letter): rng.normal(size=shape).astype(np.float32)
+        for layer in range(4)
+        for letter, shape in shapes.items()
+    }
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": ["qkv_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(values))
+    updates = read_adapter(directory, fused.spec).updates
+    assert updates.keys() == {(target, layer) for target in "qkv" for layer in range(4)}
+    delta_OD = 2.0 * tensors[name.format(1, "B")] @ tensors[name.format(1, "A")]
+    for target, rows in (("q", slice(0, 32)), ("k", slice(32, 48)), ("v", slice(48, 64))):
+        a_DR, b_RO, scale = updates[target, 1]
+        np.testing.assert_allclose(scale * (a_DR @ b_RO).T, delta_OD[rows], rtol=0, atol=1e-5)
+
+
+def test_an_expert_of_fused_projections_goes_out_and_comes_back(tmp_path, fused):
+    config = ExpertsConfig(("q", "v", "o", "up"), rank=2, alpha=3.0)
+    router = RouterConfig("layer", "token", "signed", top_k=0, temperature=1.0)
+    model = Transformer(fused.spec, config, router, 1)
+    experts = jax.tree.map(np.asarray, toy_variables(model)["experts"])
+    directory = tmp_path / "out"
+    directory.mkdir()
+    write_adapter(directory, experts, 0, config, fused.spec, "someone/phi")
+    adapter, leaves = read_adapter(directory, fused.spec), flatten_dict(experts, sep="/")
+    for (target, layer), (a_DR, b_RO, scale) in adapter.updates.items():
+        expected = np.zeros((a_DR.shape[0], b_RO.shape[1]))
+        if target in config.targets:
+            a_LEDR, b_LERO = (leaves[f"{PATHS[target]}/{x}"] for x in "ab")
+            expected = config.scale * a_LEDR[layer, 0] @ b_LERO[layer, 0]
+        np.testing.assert_allclose(scale * a_DR @ b_RO, expected, rtol=0, atol=1e-5)
+    if HAS_PEFT:
+        found = our_logits(fused, fused.params, experts, config, Gates(np.ones(1, np.float32)))
+        assert np.abs(found - our_logits(fused, fused.params, {}, config, None)).max() > 0.1
+        expected = peft_logits(tmp_path / "fused", directory, TOKENS)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_what_peft_itself_saves_is_read(tmp_path, base):

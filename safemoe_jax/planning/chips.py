@@ -1,0 +1,148 @@
+"""TPU chips by their public figures, and the topologies that JAX's compiler knows without a chip.
+
+Figures: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in November 2026; v4's links:
+Jouppi et al., "TPU v4", arXiv 2304.01433, table 4. They are the maker's, not measured here.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental import topologies
+
+from safemoe_jax.errors import UserError
+from safemoe_jax.parallel.hosts import use_compiler_alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip can do at most.
+
+    Attributes:
+      flops: bfloat16 matmul FLOP/s.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s of one inter-chip link in one direction.
+      dimensions: of the torus; a chip has two links along each.
+      pod: chips of the largest slice.
+    """
+
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    pod: int
+
+
+GB, GIB = 1e9, 2**30  # memories are sold as GB, and are GiB
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1200 * GB, 50 * GB, 3, 4096),
+    "v5e": Chip(197e12, 16 * GIB, 819 * GB, 50 * GB, 2, 256),
+    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6144),
+    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 256),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 9216),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of a pod.
+
+    Attributes:
+      name: as JAX takes it, "v5e:4x4".
+      chip: its chips.
+      shape: chips along each axis.
+      devices: JAX's compile-only devices. A v4 or tpu7x chip is two of them.
+      libtpu: the version of the compiler.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    devices: Sequence[Any]
+    libtpu: str
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def share(self) -> float:
+        """Of a chip, what one device is."""
+        return self.num_chips / len(self.devices)
+
+    @property
+    def room(self) -> float:
+        """Bytes of memory that a device has."""
+        return self.chip.hbm_bytes * self.share
+
+    def bandwidth(self, group: Sequence[Any]) -> float:
+        """Bytes/s that a device can send to a group of devices, over all links that lead there.
+
+        Along each axis on which the group's chips differ there are two links, which the devices of
+        a chip share. An upper bound: a slice's edges may lack the wrapping link.
+        """
+        coords = np.array([device.coords for device in group])
+        axes = int((coords != coords[:1]).any(axis=0).sum())
+        if axes == 0:  # within a chip; counted as its memory's traffic
+            return self.chip.hbm_bandwidth * self.share
+        return 2 * axes * self.chip.link_bandwidth * self.share
+
+
+def get_topology(name: str) -> Topology:
+    """A topology and its compile-only devices; no TPU is touched, and none need be there.
+
+    Args:
+      name: CHIP:SHAPE, or an accelerator type as Google Cloud names it, in its default shape.
+
+    Raises:
+      UserError: on an unknown chip, a shape that it does not come in, or where libtpu is missing.
+    """
+    name = _default_shape(name)
+    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+    if not match or match[1] not in CHIPS:
+        raise UserError(
+            f"topology {name!r} is unknown; give CHIP:SHAPE with a chip of {', '.join(CHIPS)}, "
+            "like v5e:4x4 (also v5litepod-16), v6e:4x4 or v5p:4x4x4 (also v5p-128: cores)"
+        )
+    chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not here; pip install 'safemoe-jax[tpu]' brings it")
+    use_compiler_alone()
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).removeprefix("INVALID_ARGUMENT: ").splitlines()[0]
+        raise UserError(
+            f"{name} is no slice that can be had ({reason}); a {match[1]} slice has "
+            f"{chip.dimensions} axes and up to {chip.pod} chips"
+        ) from error
+    return Topology(name, chip, shape, found.devices, importlib.metadata.version("libtpu"))
+
+
+def _default_shape(name: str) -> str:
+    """CHIP:SHAPE of an accelerator type with a power of two of chips; any other name as it is.
+
+    As near to a square or cube as it goes, the longest axis last; on one host of a chip with
+    three axes, 2x2x1. Source: the pages that `CHIPS` names.
+    """
+    match = re.fullmatch(r"(v4|v5litepod|v5p|v6e)-(\d+)", name)
+    if not match:
+        return name
+    chip = {"v5litepod": "v5e"}.get(match[1], match[1])
+    dimensions = CHIPS[chip].dimensions
+    cores = 2 if dimensions == 3 else 1  # v4 and v5p count the two cores of a chip
+    doublings = (int(match[2]) // cores).bit_length() - 1
+    if int(match[2]) != cores * 2**doublings:
+        return name
+    shape = [2 ** ((doublings + axis) // dimensions) for axis in range(dimensions)]
+    if shape == [1, 2, 2]:
+        shape = [2, 2, 1]
+    return f"{chip}:{'x'.join(map(str, shape))}"

@@ -1,0 +1,186 @@
+"""`safemoe chat`: a conversation in the terminal, with the router's gates under each answer."""
+
+import contextlib
+import signal
+import sys
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.cells import cell_len, chop_cells
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.errors import UserError
+from safemoe_jax.generate import check_sampling, on_devices
+from safemoe_jax.inference.engine import Engine, Request
+from safemoe_jax.model.lora import Routed
+from safemoe_jax.progress import console
+from safemoe_jax.serving.text import TextStream
+from safemoe_jax.weights.bundle import read_bundle
+
+_BAR = 10  # characters from no gate to a whole one
+
+
+def chat(
+    directory: Path,
+    *,
+    system: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Talks until Ctrl-D, or Ctrl-C where no answer runs; Ctrl-C in an answer ends the answer.
+
+    Nothing of it is written to disk.
+
+    Args:
+      directory: the bundle.
+      system: a first turn by the system; none if empty.
+      max_new_tokens, temperature, top_p, seed: see `inference.engine.Request`.
+
+    Raises:
+      UserError: without a terminal, on a bundle that is refused, or bad settings.
+    """
+    check_sampling(max_new_tokens, temperature, top_p)
+    if not (console.is_terminal and sys.stdin.isatty()):
+        raise UserError("chat needs a terminal; `safemoe generate` reads standard input")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - lines can be edited once it is imported
+    # SIGINT is an answer's; whoever wants an end of all sends this.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    bundle = read_bundle(directory, None)
+    loaded = on_devices(directory, bundle)
+    with jax.set_mesh(loaded.mesh):
+        speaker = Speaker(
+            Engine(loaded.model, loaded.variables, Routed(), slots=1),
+            ChatFormat(loaded.base.tokenizer),
+            bundle.config.data.domains,
+        )
+        console.print("Ctrl-C stops an answer, Ctrl-D ends, /new begins anew", style="dim")
+        start = [{"role": "system", "content": system}] if system else []
+        turns = list(start)
+        while (text := _read()) is not None:
+            if text == "/new":
+                turns = list(start)
+                continue
+            asked = [*turns, {"role": "user", "content": text}]
+            prompt = speaker.format.prompt_ids(asked)
+            room = loaded.model.spec.max_positions - len(prompt)
+            if room < 1:
+                console.print("the conversation is full; /new begins another", style="yellow")
+                continue
+            ends = frozenset([speaker.format.end_of_turn])
+            settings = (min(max_new_tokens, room), temperature, top_p, seed)
+            said = speaker.say(Request(prompt, ends, *settings))
+            if said.strip():
+                turns = [*asked, {"role": "assistant", "content": said}]
+
+
+def _read() -> str | None:
+    """The user's next turn; None at the end."""
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return None
+        except UnicodeDecodeError:
+            console.print("that is no UTF-8; say it again", style="yellow")
+            continue
+        if text:
+            return text
+
+
+class Speaker:
+    """Answers one request at a time, and shows the answer while it comes."""
+
+    def __init__(self, engine: Engine, format: ChatFormat, domains: Sequence[str]) -> None:
+        self.format, self._engine, self._domains = format, engine, domains
+
+    def say(self, request: Request) -> str:
+        """Prints an answer and a line of its mean gates -> the answer."""
+        text, said, line = TextStream(self.format.text), "", ""
+        gates_TE: list[np.ndarray] = []
+        self._engine.submit(request)
+        with (
+            _interruptible(request),
+            Live(console=console, transient=True, refresh_per_second=12) as live,
+        ):
+            while self._engine.busy:
+                for event in self._engine.step():
+                    gates_TE.append(event.gates_LE.mean(axis=0))
+                    if event.token is None:
+                        continue
+                    piece = text.add(event.token)
+                    said += piece
+                    finished, line = _lines(line + piece, console.width)
+                    for one in finished:
+                        console.print(Text(one))
+                    live.update(self._view(line, gates_TE[-1]))
+        rest = text.end()
+        finished, line = _lines(line + rest, console.width)
+        for one in (*finished, line):
+            console.print(Text(one))
+        if gates_TE:
+            mean_E = np.mean(gates_TE, axis=0)
+            shown = (f"{d} {g:+.2f}" for d, g in zip(self._domains, mean_E, strict=True))
+            console.print(Text(f"gates, mean: {', '.join(shown)}", style="dim"))
+        return said + rest
+
+    def _view(self, line: str, gates_E: np.ndarray) -> Group:
+        """What moves under the lines that are finished: the next one, and the newest gates."""
+        table = Table.grid(padding=(0, 1))
+        for domain, gate in zip(self._domains, gates_E, strict=True):
+            table.add_row(Text(domain, style="dim"), _bar(gate), Text(f"{gate:+.2f}", style="dim"))
+        return Group(Text(line), table)
+
+
+def _bar(gate: float) -> Text:
+    """A gate in [-1, 1]: to the right what is added, to the left what is subtracted."""
+    size = min(round(abs(gate) * _BAR), _BAR)
+    left, right = ("" if gate >= 0 else "█" * size), ("█" * size if gate >= 0 else "")
+    return Text.assemble((left.rjust(_BAR), "magenta"), ("│", "dim"), (right.ljust(_BAR), "green"))
+
+
+def _lines(text: str, width: int) -> tuple[list[str], str]:
+    """Cuts text into lines that are finished, at most `width` wide, and the one that is not.
+
+    Control characters, with which a text could steer the terminal, become visible.
+    """
+    text = "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
+    *lines, rest = text.expandtabs(4).split("\n")
+    while cell_len(rest) > width:
+        fits = chop_cells(rest, width)[0]
+        cut = fits.rfind(" ") + 1 or len(fits)
+        lines.append(rest[:cut])
+        rest = rest[cut:]
+    return lines, rest
+
+
+@contextlib.contextmanager
+def _interruptible(request: Request):
+    """Ctrl-C ends the answer between two steps; a second one, while that takes long, ends all.
+
+    An exception inside a step would lose the cache that the step was given.
+    """
+
+    def stop(*_: object) -> None:
+        if request.over:
+            raise KeyboardInterrupt
+        request.over = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
