@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     config.optimizer.router = adamw(learning_rate=3e-3, warmup_steps=10)
 
     config.train = ConfigDict()
-    config.train.experts = loop(steps=40, rows=1, validate_every=10, save_every=10)
+    config.train.experts = loop(steps=60, rows=1, validate_every=10, save_every=10)
     config.train.router = loop(steps=80, rows=2, validate_every=10, save_every=20)
 
     config.mesh = ConfigDict()
