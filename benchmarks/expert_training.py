@@ -2,9 +2,9 @@
 
     python benchmarks/expert_training.py [--rounds N]
 
-Against PEFT's LoRA, both in float32 and bfloat16: tokens per second and peak memory. Our base stays
-in float32; what is computed is in the type named. Rows are full, so nobody gains by packing. Two
-losses: on every token, and on answers only, which is what stage one trains.
+Against PEFT's LoRA, both in float32 and bfloat16, the base included: tokens per second and peak
+memory. Rows are full, so nobody gains by packing. Two losses: on every token, and on answers only,
+which is what stage one trains.
 """
 
 import functools
@@ -26,6 +26,7 @@ def ours(path: str, dtype: str) -> None:
         experts__targets=("q", "k", "v"),
         experts__rank=RANK,
         experts__alpha=2.0 * RANK,
+        model__param_dtype=dtype,
         model__compute_dtype=dtype,
     )
     report({"tokens_per_second": step_speed(of, "experts", path, STEPS)})

@@ -23,6 +23,7 @@ def ours(path: str, dtype: str) -> None:
         experts__targets=("q", "k", "v"),
         experts__rank=RANK,
         experts__alpha=2.0 * RANK,
+        model__param_dtype=dtype,
         model__compute_dtype=dtype,
     )
     assert len(of.data.domains) == EXPERTS
