@@ -15,6 +15,7 @@ from safemoe_jax.config import AdamWConfig, ExpertsConfig, RouterConfig
 from safemoe_jax.data.packing import plan
 from safemoe_jax.data.pipeline import PackedCorpus, empty_tokens, write_segment
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.quantization import Format, of_tables, quantize
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer, logits
 
@@ -82,6 +83,17 @@ def toy_variables(model: Transformer, seed: int = 0):
         return jnp.asarray(values.astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, shapes(model))
+
+
+def quantized(variables, format: Format):
+    """The same experts and router over the base in a format."""
+
+    def of(path, leaf):
+        if path[-1].key not in ("kernel", "embedding"):
+            return leaf
+        return quantize(leaf, format if path[0].key == "layers" else of_tables(format))
+
+    return variables | {"params": jax.tree_util.tree_map_with_path(of, variables["params"])}
 
 
 def toy_batch(
