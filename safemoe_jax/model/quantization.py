@@ -54,6 +54,8 @@ NF4 = np.array(
     ],
     np.float32,
 )
+# The levels of a byte's high and low half.
+_NF4_HALVES = np.repeat(NF4, 16), np.tile(NF4, 16)
 
 
 @flax.struct.dataclass
@@ -131,22 +133,16 @@ def dequantized(matrix: Matrix, dtype: jnp.dtype) -> Any:
     """The floats [..., O, D] that a matrix stands for."""
     if not isinstance(matrix, Quantized):
         return matrix.astype(dtype)
-    xp = matrix.codes.__array_namespace__()
-    if matrix.codes.dtype == xp.int8:
-        values = matrix.codes.astype(xp.float32) / 127
+    xp, codes, scale = matrix.codes.__array_namespace__(), matrix.codes, matrix.absmax
+    if codes.dtype == xp.int8:
+        values, scale = codes.astype(xp.float32), scale / 127
     else:
-        values = _levels(xp.stack([matrix.codes >> 4, matrix.codes & 15], axis=-2))
-    blocks = values.reshape(*matrix.absmax.shape, -1) * matrix.absmax[..., None]
+        # Two look-ups: XLA would hoist the constants of anything longer out of the scan over
+        # layers, each as large as the matrix.
+        halves = [xp.take(xp.asarray(level), codes, mode="clip") for level in _NF4_HALVES]
+        values = xp.stack(halves, axis=-2)
+    blocks = values.reshape(*scale.shape, -1) * scale[..., None]
     return blocks.reshape(matrix.shape).astype(dtype)
-
-
-def _levels(codes: Any) -> Any:
-    """NF4[codes], by a tree of selections: vector units have no look-up of single numbers."""
-    xp, levels = codes.__array_namespace__(), list(NF4)
-    for bit in range(4):
-        odd = (codes >> bit) & 1 != 0
-        levels = [xp.where(odd, levels[i + 1], levels[i]) for i in range(0, len(levels), 2)]
-    return levels[0]
 
 
 def frozen_matrix(

@@ -54,7 +54,7 @@ def test_jax_and_numpy_make_the_same_of_a_matrix(format, bits):
         back = jax.jit(dequantized, static_argnums=1)(device, dtype)
         assert back.dtype == dtype
         np.testing.assert_allclose(
-            back.astype(np.float32), dequantized(host, np.float32), rtol=jnp.finfo(dtype).eps
+            back.astype(np.float32), dequantized(host, np.float32), rtol=2 * jnp.finfo(dtype).eps
         )
 
 
@@ -64,8 +64,7 @@ def test_nf4_refuses_what_is_not_whole_blocks(shape):
         quantize(weights(*shape), "nf4")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("format", ["int8", "nf4"])
+@pytest.mark.parametrize("format, tied", [("int8", True), ("nf4", False)])
 def test_a_model_computes_with_what_its_quantized_base_stands_for(format, tied):
     spec = dataclasses.replace(WIDE, tie_embeddings=tied)
     model, plain = toy_model(spec=spec, param_dtype=format), toy_model(spec=spec)
@@ -87,11 +86,11 @@ def test_experts_get_nearly_the_gradient_that_they_have_over_the_whole_base():
     variables = toy_variables(model)
 
     def gradient(model, variables, routing):
-        def loss(experts):
-            nll_BT, _ = batch_nll(model, variables | {"experts": experts}, BATCH, routing)
+        def loss(experts, batch):
+            nll_BT, _ = batch_nll(model, variables | {"experts": experts}, batch, routing)
             return nll_BT.sum()
 
-        leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(variables["experts"]))
+        leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(variables["experts"], BATCH))
         return np.concatenate([np.ravel(leaf) for leaf in leaves])
 
     for routing in (OwnExpert(np.array([0, 2])), Gates(jnp.full(3, 0.3))):
