@@ -64,6 +64,28 @@ def test_nf4_refuses_what_is_not_whole_blocks(shape):
         quantize(weights(*shape), "nf4")
 
 
+def test_what_a_quantized_smollm2_weighs():
+    smollm2 = dataclasses.replace(
+        SPEC,
+        vocab_size=49_152,
+        embed_dim=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_dim=1536,
+    )
+
+    def weight(param_dtype):
+        params = shapes(toy_model(spec=smollm2, param_dtype=param_dtype))["params"]
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+    whole = weight(jnp.bfloat16)
+    assert whole == 2 * 134_515_008
+    assert 0.50 < weight("int8") / whole <= 0.505
+    assert 0.32 < weight("nf4") / whole <= 0.33
+
+
 @pytest.mark.parametrize("format, tied", [("int8", True), ("nf4", False)])
 def test_a_model_computes_with_what_its_quantized_base_stands_for(format, tied):
     spec = dataclasses.replace(WIDE, tie_embeddings=tied)
