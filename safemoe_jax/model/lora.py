@@ -97,7 +97,7 @@ def frozen_dot(x_BTD: jax.Array, kernel_OD: Matrix, axes: tuple[str, str]) -> ja
 
     A W cast or dequantized inside the layer scan would be kept for the backward pass, a full copy
     of the base; here the backward pass repeats it, and no gradient of W exists. The same holds for
-    W gathered over fsdp, which it is as it rests, and before it is used: left to itself, XLA
+    W gathered over fsdp. It is gathered as it rests, and before it is used: left to itself, XLA
     multiplies it part by part and adds the products in memory, each as large as the result in
     float32.
 

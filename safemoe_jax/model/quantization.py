@@ -77,10 +77,6 @@ class Quantized:
         return *self.absmax.shape[:-1], self.codes.shape[-1]
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
     def size(self) -> int:
         """Weights."""
         return int(np.prod(self.shape))
@@ -137,8 +133,8 @@ def dequantized(matrix: Matrix, dtype: jnp.dtype) -> Any:
     if codes.dtype == xp.int8:
         values, scale = codes.astype(xp.float32), scale / 127
     else:
-        # Two look-ups: XLA would hoist the constants of anything longer out of the scan over
-        # layers, each as large as the matrix.
+        # Look-ups, no shifts and selections: XLA hoists the constants of those out of the scan over
+        # layers, each as large as a layer's matrix in float32.
         halves = [xp.take(xp.asarray(level), codes, mode="clip") for level in _NF4_HALVES]
         values = xp.stack(halves, axis=-2)
     blocks = values.reshape(*scale.shape, -1) * scale[..., None]
