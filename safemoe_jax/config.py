@@ -22,7 +22,9 @@ class ModelConfig:
     Attributes:
       source: "smollm2-135m-instruct" (embedded), a Hugging Face directory, a .gguf file, or a hub
         id that `safemoe fetch` brings.
-      param_dtype: how the frozen weights rest in memory.
+      param_dtype: how the frozen weights rest in memory. "int8" holds a matrix row's weights in a
+        byte each; "nf4" those of layers in half a byte, with embedding and head in int8; norms and
+        biases are float32 then.
       compute_dtype: what activations and matmuls use; experts and router rest in float32.
       remat: what the backward pass recomputes: "none", "dots" (keeps matmul outputs) or "full".
       attention: "auto" takes what the platform has: splash attention on TPUs, cuDNN's on GPUs where
@@ -30,7 +32,7 @@ class ModelConfig:
     """
 
     source: str
-    param_dtype: Literal["float32", "bfloat16"]
+    param_dtype: Literal["float32", "bfloat16", "int8", "nf4"]
     compute_dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "dots", "full"]
     attention: Literal["auto", "reference", "cudnn", "splash"]

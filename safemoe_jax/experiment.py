@@ -19,6 +19,7 @@ from safemoe_jax.data.corpora import Corpus, Example, load_corpus
 from safemoe_jax.data.pipeline import PackedCorpus, pack
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.quantization import NF4_BLOCK, Quantized
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import check_divides, make_mesh
@@ -149,6 +150,15 @@ def check_layout(config: Config, spec: ModelSpec) -> None:
         ("its MLP's width", "mlp", spec.mlp_dim),
         ("data.sequence_length", "length", config.data.sequence_length),
     ]
+    if config.model.param_dtype == "nf4":
+        sizes += [
+            (f"{what}, in nf4's blocks of {NF4_BLOCK}", axis, size // NF4_BLOCK)
+            for what, axis, size in (
+                ("the base's width", "embed", spec.embed_dim),
+                ("the width of its queries", "heads", spec.num_heads * spec.head_dim),
+                ("its MLP's width", "mlp", spec.mlp_dim),
+            )
+        ]
     for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
         train = getattr(config.train, stage)
         rows, rest = divmod(train.rows * streams, train.accumulation)
@@ -189,7 +199,8 @@ def state_shapes(
 
 
 def num_params(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return sum(leaf.size for leaf in leaves)
 
 
 def _start(

@@ -18,10 +18,12 @@ import numpy as np
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.sources import read_prompts
 from safemoe_jax.errors import UserError
+from safemoe_jax.experiment import boxed_shapes
 from safemoe_jax.generate import Loaded, on_devices
 from safemoe_jax.inference.divergence import Answer, Mixture, answers, kl_per_token, mean_gates
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console
 from safemoe_jax.weights import huggingface
 from safemoe_jax.weights.artefact import MANIFEST, Kind, file_digest, new_artefact, render
@@ -281,10 +283,8 @@ def _greedy(gated: Mixture, chat: ChatFormat, conversations) -> list[Answer]:
 def _divergence(loaded: Loaded, params: dict[str, Any], spoken: list[Answer]) -> dict[str, float]:
     """KL of the merged weights, as they are written, and of the base, from the gated model."""
     base = {"params": loaded.variables["params"]}
-    placed = jax.tree.map(
-        lambda leaf, like: jax.device_put(leaf, like.sharding), params, base["params"]
-    )
     static = loaded.model.clone(param_dtype=jnp.float32)
+    placed = jax.device_put(params, shardings(loaded.mesh, boxed_shapes(static)["params"]))
     others = {
         "merged": Mixture(static, {"params": placed}, None),
         "base": Mixture(loaded.model, base, None),

@@ -188,7 +188,7 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
     answers, likelihoods = measure(_entries(experiment, controls, prompts), asking)
     judge = EmbeddedJudge.fit(
         judge_rows,
-        _cached(controls.system("base").scorer, experiment.identity["base"]),
+        _cached(controls.system("base").scorer, experiment),
         likelihood_rows=config.evaluation.judge_rows,
         seed=config.seed,
     )
@@ -331,13 +331,17 @@ def run(experiment: Experiment, keep_experts: bool = False) -> None:
     report(experiment)
 
 
-def _cached(scorer: Scorer, base_sha256: str) -> CachedScorer:
+def _cached(scorer: Scorer, experiment: Experiment) -> CachedScorer:
     """The base's likelihoods, remembered: hashes and numbers only, so other workdirs use them.
 
-    Several processes score all: they must compute alike, and their files may differ.
+    A quantized base has its own. Several processes score all: they must compute alike, and their
+    files may differ.
     """
-    path = cache_dir() / f"likelihoods-{base_sha256}.npz" if jax.process_count() == 1 else None
-    return CachedScorer(scorer, path, base_sha256)
+    weights, rests = experiment.identity["base"], experiment.model.param_dtype
+    if isinstance(rests, str):
+        weights = f"{weights}-{rests}"
+    path = cache_dir() / f"likelihoods-{weights}.npz" if jax.process_count() == 1 else None
+    return CachedScorer(scorer, path, weights)
 
 
 def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:

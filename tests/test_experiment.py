@@ -50,3 +50,12 @@ def test_a_mesh_that_does_not_divide_the_experiment_is_refused(mesh, accumulatio
     train = dataclasses.replace(config.train, experts=experts)
     with pytest.raises(UserError, match=message):
         check_layout(dataclasses.replace(config, mesh=MeshConfig(*mesh), train=train), SPEC)
+
+
+def test_a_mesh_that_cuts_blocks_of_nf4_is_refused():
+    config = freeze(pyrit.get_config())
+    rests = dataclasses.replace(config.model, param_dtype="nf4")
+    config = dataclasses.replace(config, model=rests)
+    check_layout(config, SPEC)
+    with pytest.raises(UserError, match=r"fsdp is 2, .* in nf4's blocks of 64, 9; 1, 3, 9 would"):
+        check_layout(dataclasses.replace(config, mesh=MeshConfig(1, 2, 1, 1)), SPEC)

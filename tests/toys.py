@@ -4,6 +4,7 @@ Nothing is compiled here: weights are drawn by numpy into the shapes of the mode
 """
 
 import functools
+import zlib
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -15,8 +16,10 @@ from safemoe_jax.config import AdamWConfig, ExpertsConfig, RouterConfig
 from safemoe_jax.data.packing import plan
 from safemoe_jax.data.pipeline import PackedCorpus, empty_tokens, write_segment
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.quantization import Format, of_tables, quantize
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer, logits
+from safemoe_jax.weights.layout import Tensor, Weights, leaf_shapes
 
 SPEC = ModelSpec(
     vocab_size=61,
@@ -82,6 +85,30 @@ def toy_variables(model: Transformer, seed: int = 0):
         return jnp.asarray(values.astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, shapes(model))
+
+
+def quantized(variables, format: Format):
+    """The same experts and router over the base in a format."""
+
+    def of(path, leaf):
+        if path[-1].key not in ("kernel", "embedding"):
+            return leaf
+        return quantize(leaf, format if path[0].key == "layers" else of_tables(format))
+
+    return variables | {"params": jax.tree_util.tree_map_with_path(of, variables["params"])}
+
+
+def toy_weights(spec: ModelSpec) -> Weights:
+    """A drawn base as a checkpoint whose tensors are named like leaves, with the layer behind."""
+    names, tensors = {}, {}
+    for leaf, shape in leaf_shapes(spec).items():
+        values = np.random.default_rng(zlib.crc32(leaf.encode())).normal(size=shape)
+        values = (values * shape[-1] ** -0.5).astype(np.float32)
+        layered = leaf.startswith("layers/")
+        names[leaf] = f"{leaf}/{{}}" if layered else leaf
+        for layer, own in enumerate(values if layered else [values]):
+            tensors[names[leaf].format(layer)] = Tensor(own.shape, own.__getitem__)
+    return Weights(spec, names, tensors)
 
 
 def toy_batch(

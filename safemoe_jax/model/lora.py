@@ -22,6 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from safemoe_jax.config import ExpertsConfig
 from safemoe_jax.model.precision import contract
+from safemoe_jax.model.quantization import (
+    Matrix,
+    ParamDtype,
+    dequantized,
+    frozen_matrix,
+    of_vectors,
+)
 from safemoe_jax.parallel.sharding import constrain
 
 # The name by which a remat policy finds what `kept` was called with. A policy that looks for
@@ -85,20 +92,21 @@ def dense_mixture(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def frozen_dot(x_BTD: jax.Array, kernel_OD: jax.Array, axes: tuple[str, str]) -> jax.Array:
+def frozen_dot(x_BTD: jax.Array, kernel_OD: Matrix, axes: tuple[str, str]) -> jax.Array:
     """x W in the type of x, for a W that is never trained and lies transposed.
 
-    A cast inside the layer scan would be kept for the backward pass, a full copy of the base; here
-    the backward pass repeats the cast, and no gradient of W exists. The same holds for W gathered
-    over fsdp. It is gathered before it is used: left to itself, XLA multiplies it part by part and
-    adds the products in memory, each as large as the result in float32.
+    A W cast or dequantized inside the layer scan would be kept for the backward pass, a full copy
+    of the base; here the backward pass repeats it, and no gradient of W exists. The same holds for
+    W gathered over fsdp. It is gathered as it rests, and before it is used: left to itself, XLA
+    multiplies it part by part and adds the products in memory, each as large as the result in
+    float32.
 
     Args:
       x_BTD: what is projected.
       kernel_OD: W.
       axes: logical names of O and D.
     """
-    kernel_OD = _gathered(kernel_OD, axes).astype(x_BTD.dtype)
+    kernel_OD = dequantized(_gathered(kernel_OD, axes), x_BTD.dtype)
     return contract("BTD,OD->BTO", x_BTD, kernel_OD).astype(x_BTD.dtype)
 
 
@@ -108,15 +116,16 @@ def _frozen_dot_forward(x_BTD, kernel_OD, axes):
 
 def _frozen_dot_backward(axes, kernel_OD, grad_BTO):
     dtype = grad_BTO.dtype
-    kernel_OD = _gathered(kernel_OD, axes).astype(dtype)
+    kernel_OD = dequantized(_gathered(kernel_OD, axes), dtype)
     return contract("BTO,OD->BTD", grad_BTO, kernel_OD).astype(dtype), None
 
 
 frozen_dot.defvjp(_frozen_dot_forward, _frozen_dot_backward)
 
 
-def _gathered(kernel_OD: jax.Array, axes: tuple[str, str]) -> jax.Array:
-    return constrain(kernel_OD, *("activation" if axis == "embed" else axis for axis in axes))
+def _gathered(kernel_OD: Matrix, axes: tuple[str, str]) -> Matrix:
+    axes = ["activation" if axis == "embed" else axis for axis in axes]
+    return jax.tree.map(lambda part: constrain(part, *axes), kernel_OD)
 
 
 def kept(x: jax.Array) -> jax.Array:
@@ -147,7 +156,7 @@ class Projection(nn.Module):
     """A frozen matmul from D to O with E LoRA experts beside it, if its name is among the targets.
 
     The base is in collection `params`, [O, D] as checkpoints hold it, with a bias [O] in some
-    families. The experts are in `experts`:
+    families; it may be quantized. The experts are in `experts`:
     A [E, D, R], drawn with variance 1 / D, and B [E, R, O], zero, so that an untrained expert
     changes nothing.
     """
@@ -156,7 +165,7 @@ class Projection(nn.Module):
     axes: tuple[str, str]  # logical names of D and O
     experts: ExpertsConfig
     num_experts: int
-    param_dtype: jnp.dtype
+    param_dtype: ParamDtype
     bias: bool = False
 
     @nn.compact
@@ -164,12 +173,12 @@ class Projection(nn.Module):
         in_axis, out_axis = self.axes
         width = x_BTD.shape[-1]
         init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
-        init = nn.with_logical_partitioning(init, (out_axis, in_axis))
-        kernel_OD = self.param("kernel", init, (self.features, width), self.param_dtype)
-        y_BTO = frozen_dot(x_BTD, kernel_OD, (out_axis, in_axis))
+        axes, shape = (out_axis, in_axis), (self.features, width)
+        kernel_OD = frozen_matrix(self, "kernel", init, shape, axes, self.param_dtype)
+        y_BTO = frozen_dot(x_BTD, kernel_OD, axes)
         if self.bias:
             start = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
-            bias_O = self.param("bias", start, (self.features,), self.param_dtype)
+            bias_O = self.param("bias", start, (self.features,), of_vectors(self.param_dtype))
             y_BTO += bias_O.astype(y_BTO.dtype)[None, None]
         if routing is None or self.name not in self.experts.targets:
             return kept(y_BTO)

@@ -34,6 +34,14 @@ from safemoe_jax.model.attention import (
 )
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
 from safemoe_jax.model.precision import at_least_float32, bits, floats
+from safemoe_jax.model.quantization import (
+    PARAM_DTYPES,
+    Matrix,
+    ParamDtype,
+    Table,
+    dequantized,
+    of_vectors,
+)
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.parallel.sharding import constrain
@@ -74,7 +82,7 @@ class Head:
       softcap: the logits' bound, or None.
     """
 
-    kernel_VD: jax.Array
+    kernel_VD: Matrix
     softcap: float | None = flax.struct.field(pytree_node=False)
 
 
@@ -107,7 +115,7 @@ CACHE_AXES = Cache(
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Next-token logits [..., V] in float32 of hidden states [..., D]."""
-    kernel_VD = head.kernel_VD.astype(hidden.dtype)
+    kernel_VD = dequantized(head.kernel_VD, hidden.dtype)
     dtype = at_least_float32(hidden).dtype
     found = jnp.einsum("...D,VD->...V", hidden, kernel_VD, preferred_element_type=dtype)
     return capped(found, head.softcap)
@@ -117,7 +125,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis (arXiv 1910.07467), in float32."""
 
     spec: ModelSpec
-    param_dtype: jnp.dtype
+    param_dtype: ParamDtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -125,7 +133,7 @@ class RMSNorm(nn.Module):
             nn.initializers.zeros if self.spec.traits.zero_centered_norms else nn.initializers.ones
         )
         init = nn.with_logical_partitioning(start, ("norm",))
-        scale_D = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale_D = self.param("scale", init, (x.shape[-1],), of_vectors(self.param_dtype))
         x32 = at_least_float32(x)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_eps)
         scale_D = scale_D.astype(x32.dtype) + float(self.spec.traits.zero_centered_norms)
@@ -247,7 +255,7 @@ class Block(nn.Module):
     experts: ExpertsConfig
     router: RouterConfig
     num_experts: int
-    param_dtype: jnp.dtype
+    param_dtype: ParamDtype
     kernel: Kernel
 
     @nn.compact
@@ -297,7 +305,7 @@ class Transformer(nn.Module):
     experts: ExpertsConfig
     router: RouterConfig
     num_experts: int
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: ParamDtype = jnp.float32
     compute_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     kernel: Kernel = "reference"
@@ -332,7 +340,7 @@ class Transformer(nn.Module):
             experts=config.experts,
             router=config.router,
             num_experts=len(config.data.domains),
-            param_dtype=jnp.dtype(config.model.param_dtype),
+            param_dtype=PARAM_DTYPES[config.model.param_dtype],
             compute_dtype=compute_dtype,
             remat=config.model.remat,
             kernel=kernel,
@@ -372,13 +380,16 @@ class Transformer(nn.Module):
           `Output`, whose cache holds the new tokens only.
         """
         spec = self.spec
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         shape = (spec.vocab_size, spec.embed_dim)
-        embedding_VD = Table("embedding", init, shape, self.param_dtype, name="embed")()
+        embedding_VD = Table("embedding", shape, self.param_dtype, name="embed")()
         # Each device looks its own columns up for all of fsdp's rows: tokens travel, no table does.
         tokens_BT = constrain(tokens_BT, "gathered_batch", "length")
-        x_BTD = constrain(embedding_VD[tokens_BT], "gathered_batch", "length", "embed")
-        x_BTD = constrain(x_BTD.astype(self.compute_dtype), "batch", "length", "activation")
+        x_BTD = jax.tree.map(
+            lambda part: constrain(part[tokens_BT], "gathered_batch", "length", "embed"),
+            embedding_VD,
+        )
+        x_BTD = dequantized(x_BTD, self.compute_dtype)
+        x_BTD = constrain(x_BTD, "batch", "length", "activation")
         if spec.traits.scaled_embedding:
             x_BTD *= jnp.asarray(spec.embed_dim**0.5, x_BTD.dtype)
 
@@ -412,7 +423,7 @@ class Transformer(nn.Module):
         hidden_BTD = RMSNorm(spec, self.param_dtype, name="final_norm")(x_BTD)
         head_VD = embedding_VD
         if not spec.tie_embeddings:
-            head_VD = Table("kernel", init, shape, self.param_dtype, name="head")()
+            head_VD = Table("kernel", shape, self.param_dtype, name="head")()
         new = Cache(
             k,
             v,
@@ -456,19 +467,6 @@ class Transformer(nn.Module):
             prompt_count_BT=count_BT,
             filled_BC=filled_BC,
         )
-
-
-class Table(nn.Module):
-    """One named array of the base."""
-
-    leaf: str
-    initializer: Any
-    shape: tuple[int, int]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param(self.leaf, self.initializer, self.shape, self.dtype)
 
 
 def extend(cache: Cache, new: Cache) -> Cache:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from safemoe_jax.config import Config
@@ -326,10 +327,14 @@ class _Count:
 
     @classmethod
     def of(cls, model: Transformer, shapes: dict[str, Any]) -> "_Count":
-        spec, kernels = model.spec, jax.tree.leaves(shapes["params"]["layers"])
+        layers = shapes["params"]["layers"]
+        kernels = [
+            num_params(leaf) for path, leaf in flatten_dict(layers).items() if path[-1] == "kernel"
+        ]
+        spec = model.spec
         shared = spec.num_layers if model.router.scope == "shared" else 1
         return cls(
-            layers=sum(leaf.size for leaf in kernels if leaf.ndim == 3),
+            layers=sum(kernels),
             head=spec.vocab_size * spec.embed_dim,
             expert=num_params(shapes["experts"]) // model.num_experts,
             experts=num_params(shapes["experts"]),

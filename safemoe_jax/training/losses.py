@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.precision import contract
+from safemoe_jax.model.quantization import dequantized
 from safemoe_jax.model.transformer import Head, Transformer, logits
 from safemoe_jax.parallel.sharding import constrain, extent
 
@@ -110,7 +111,8 @@ def _compacted(hidden_PTD, head, targets_PT, mask_PT, *, with_gradient):
     chunk = _tokens_at_once(parts, length, head.kernel_VD.shape[0])
     padding = -length % chunk
     # Gathered once, not for each chunk.
-    head = head.replace(kernel_VD=constrain(head.kernel_VD, "vocab", "activation"))
+    kernel_VD = jax.tree.map(lambda part: constrain(part, "vocab", "activation"), head.kernel_VD)
+    head = head.replace(kernel_VD=kernel_VD)
     front_PT = jnp.argsort(~mask_PT, axis=1, stable=True)
 
     def to_front(x):
@@ -141,7 +143,7 @@ def _compacted(hidden_PTD, head, targets_PT, mask_PT, *, with_gradient):
         nll_PT = jax.lax.dynamic_update_slice_in_dim(nll_PT, nll_PC, at, axis=1)
         if with_gradient:
             # d nll / d logits = softmax - one_hot(target), and so through the bound and the head.
-            kernel_VD = head.kernel_VD.astype(hidden_PCD.dtype)
+            kernel_VD = dequantized(head.kernel_VD, hidden_PCD.dtype)
             target_PCD = kernel_VD[targets_PC]
             if (cap := head.softcap) is not None:
                 exp_PCV *= 1.0 - (logits_PCV / cap) ** 2

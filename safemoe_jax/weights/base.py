@@ -69,7 +69,8 @@ class BaseModel:
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """All weights in host memory: nested numpy arrays, by the layout of `weights.layout`."""
+        """All weights in host memory: nested numpy arrays, by the layout of `weights.layout`; those
+        that rest quantized as the float32 numbers that they then stand for."""
         return self.weights.read(self.param_dtype)
 
     def placed(self, shardings: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
 
     Args:
       source: a key of `EMBEDDED`, a Hugging Face directory, a .gguf file, or a hub id.
-      param_dtype: how the weights rest: "float32" or "bfloat16".
+      param_dtype: how the weights rest, a key of `PARAM_DTYPES`.
 
     Raises:
       UserError: where the source is not there, or is no model that this package knows.

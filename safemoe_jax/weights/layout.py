@@ -5,6 +5,7 @@ it is asked for, and then no more than one leaf's slice at a time. Shape letters
 heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,9 +19,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.model.quantization import (
+    PARAM_DTYPES,
+    Format,
+    ParamDtype,
+    Quantized,
+    dequantized,
+    of_tables,
+    of_vectors,
+    quantize,
+)
 from safemoe_jax.model.spec import ModelSpec
 
-PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Rows of a table that are quantized at once.
+_TABLE_ROWS = 8192
 
 # What a model card says that names no licence.
 UNKNOWN_LICENSE = "unknown"
@@ -115,12 +127,16 @@ class Weights:
                 )
 
     def read(self, param_dtype: str) -> dict[str, Any]:
-        """All leaves in host memory, nested, as numpy arrays of a type of `PARAM_DTYPES`."""
-        dtype = PARAM_DTYPES[param_dtype]
-        leaves = {
-            leaf: self._slice(leaf, tuple(slice(0, size) for size in shape), dtype)
-            for leaf, shape in self._shapes.items()
-        }
+        """All leaves in host memory, nested, as numpy arrays; what `param_dtype`, a key of
+        `PARAM_DTYPES`, quantizes is quantized and back in float32."""
+        leaves = {}
+        for leaf, shape in self._shapes.items():
+            index = tuple(slice(0, size) for size in shape)
+            dtype = _rests(leaf, PARAM_DTYPES[param_dtype])
+            if isinstance(dtype, str):
+                leaves[leaf] = dequantized(self._quantized(leaf, index[:-1], dtype), np.float32)
+            else:
+                leaves[leaf] = self._slice(leaf, index, dtype)
         return unflatten_dict(leaves, sep="/")
 
     def place(self, param_dtype: str, shardings: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,17 +146,14 @@ class Weights:
         come first, while the host's memory is still free. On CPUs layers of bfloat16 lie as their
         bits (`model.precision.bits` says why).
         """
-        dtype, placed = PARAM_DTYPES[param_dtype], {}
-        shardings = flatten_dict(dict(shardings), sep="/")
+        placed, shardings = {}, flatten_dict(dict(shardings), sep="/")
         for leaf, shape in sorted(self._shapes.items(), key=lambda item: -math.prod(item[1])):
-            holders: dict[tuple, list[jax.Device]] = {}
-            for device, index in shardings[leaf].addressable_devices_indices_map(shape).items():
-                bounds = tuple(
-                    one.indices(size)[:2] for one, size in zip(index, shape, strict=True)
-                )
-                holders.setdefault(bounds, []).append(device)
-            shards = []
-            for bounds, devices in holders.items():
+            dtype = _rests(leaf, PARAM_DTYPES[param_dtype])
+            if isinstance(dtype, str):
+                placed[leaf] = self._placed_quantized(leaf, dtype, shardings[leaf])
+                continue
+            where, shards = shardings[leaf].addressable_devices_indices_map(shape), []
+            for bounds, devices in _holders(where, shape).items():
                 values = self._slice(leaf, tuple(slice(*both) for both in bounds), dtype)
                 on_cpus = all(device.platform == "cpu" for device in devices)
                 if on_cpus and _is_layered(leaf) and dtype == ml_dtypes.bfloat16:
@@ -150,6 +163,39 @@ class Weights:
                 jax.block_until_ready(shards)  # else copies of several slices may wait at once
             placed[leaf] = jax.make_array_from_single_device_arrays(shape, shardings[leaf], shards)
         return unflatten_dict(placed, sep="/")
+
+    def _placed_quantized(self, leaf: str, format: Format, shardings: Quantized) -> Quantized:
+        """A leaf of `place`, quantized by whole rows, of which each device gets its columns."""
+        matrix = jax.ShapeDtypeStruct(self._shapes[leaf], np.float32)
+        like = jax.eval_shape(functools.partial(quantize, format=format), matrix)
+        codes, absmax = (
+            sharding.addressable_devices_indices_map(part.shape)
+            for sharding, part in ((shardings.codes, like.codes), (shardings.absmax, like.absmax))
+        )
+        rows, shards = {device: index[:-1] for device, index in absmax.items()}, Quantized([], [])
+        for bounds, devices in _holders(rows, matrix.shape[:-1]).items():
+            whole = self._quantized(leaf, tuple(slice(*both) for both in bounds), format)
+            for device in devices:
+                shards.codes.append(jax.device_put(whole.codes[..., codes[device][-1]], device))
+                shards.absmax.append(jax.device_put(whole.absmax[..., absmax[device][-1]], device))
+            del whole
+            jax.block_until_ready(shards)
+        return jax.tree.map(
+            lambda part, *placed: jax.make_array_from_single_device_arrays(part.shape, *placed),
+            like,
+            shardings,
+            shards,
+        )
+
+    def _quantized(self, leaf: str, rows: Index, format: Format) -> Quantized:
+        """Whole rows of a leaf, quantized a layer, or some rows of a table, at a time."""
+        first, *rest = *rows, slice(0, self._shapes[leaf][-1])
+        step = 1 if _is_layered(leaf) else _TABLE_ROWS
+        pieces = []
+        for start in range(first.start, first.stop, step):
+            index = (slice(start, min(start + step, first.stop)), *rest)
+            pieces.append(quantize(self._slice(leaf, index, np.dtype(np.float32)), format))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
     def _slice(self, leaf: str, index: Index, dtype: np.dtype) -> np.ndarray:
         """A slice, with starts and stops, of a leaf."""
@@ -172,6 +218,23 @@ class Checkpoint(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     license: str
     files: tuple[Path, ...]
+
+
+def _rests(leaf: str, param_dtype: ParamDtype) -> ParamDtype:
+    if leaf.endswith(("/scale", "/bias")):
+        return of_vectors(param_dtype)
+    return param_dtype if _is_layered(leaf) else of_tables(param_dtype)
+
+
+def _holders(
+    where: Mapping[jax.Device, Index], shape: tuple[int, ...]
+) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
+    """Which devices hold the same slice, by its starts and stops."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in where.items():
+        bounds = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    return holders
 
 
 def _is_layered(leaf: str) -> bool:

@@ -1,8 +1,9 @@
 """Makes what the parity tests compare with; they also call it where torch is installed.
 
-Every value comes from `transformers` on torch, none from this package.
+Every value comes from `transformers` on torch (nf4's from bitsandbytes), none from this package.
 
-    python tests/golden/make.py             # needs the extra `parity`; rewrites the files beside it
+    python tests/golden/make.py             # needs the extra `parity` and bitsandbytes; rewrites
+                                            # the files beside it
     python tests/golden/make.py mistral     # those of this family alone (see tests/families.py)
 """
 
@@ -196,6 +197,17 @@ def save_adapter_config(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def save_nf4() -> None:
+    """Weights, and what is left of them after bitsandbytes' nf4 in blocks of 64."""
+    from bitsandbytes import functional
+
+    weights = torch.randn(6, 192, generator=torch.Generator().manual_seed(0))
+    weights[3, 64:128] = 0.0
+    quantized, state = functional.quantize_4bit(weights, blocksize=64, quant_type="nf4")
+    back = functional.dequantize_4bit(quantized, state)
+    np.savez(HERE / "nf4.npz", weights=weights, back=back, levels=state.code)
+
+
 def main() -> None:
     from safemoe_jax.weights.base import fetch_base
 
@@ -221,6 +233,7 @@ def main() -> None:
     for name in families.FAMILIES:
         _make_family(name)
     save_adapter_config(HERE)
+    save_nf4()
 
 
 if __name__ == "__main__":

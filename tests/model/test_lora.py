@@ -7,6 +7,7 @@ import pytest
 from toys import EXPERTS, SPEC, forward, initial, shapes, toy_batch, toy_model, toy_variables
 
 from safemoe_jax.config import ExpertsConfig
+from safemoe_jax.experiment import num_params
 from safemoe_jax.model import lora
 from safemoe_jax.model.lora import (
     Gates,
@@ -16,6 +17,7 @@ from safemoe_jax.model.lora import (
     frozen_dot,
     gathered_mixture,
 )
+from safemoe_jax.model.quantization import dequantized
 
 B, T, D, R, OUT, E = 4, 5, 6, 2, 7, 3
 
@@ -134,11 +136,12 @@ def test_frozen_dot_has_the_gradient_of_a_matmul_for_x_and_none_for_the_kernel(a
     assert not of_kernel.any()
 
 
-def test_the_backward_pass_keeps_no_full_precision_copy_of_the_base(monkeypatch):
-    spec = dataclasses.replace(SPEC, embed_dim=128, mlp_dim=256, num_layers=8)
+@pytest.mark.parametrize("param_dtype", [jnp.float16, "nf4"])
+def test_the_backward_pass_keeps_no_full_precision_copy_of_the_base(param_dtype, monkeypatch):
+    spec = dataclasses.replace(SPEC, embed_dim=128, mlp_dim=256, head_dim=16, num_layers=8)
     experts = dataclasses.replace(EXPERTS, targets=("q", "v"))
     # Not bfloat16: on CPUs a copy of its bits is made.
-    model = toy_model(spec=spec, experts=experts, param_dtype=jnp.float16)
+    model = toy_model(spec=spec, experts=experts, param_dtype=param_dtype)
     batch = toy_batch([[(3, 5)]], 8)
 
     def temp_bytes():
@@ -150,10 +153,9 @@ def test_the_backward_pass_keeps_no_full_precision_copy_of_the_base(monkeypatch)
         compiled = jax.jit(jax.grad(loss)).lower(tree["experts"], tree["params"]).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    kernels = jax.tree.leaves(shapes(model)["params"]["layers"])
-    full_precision_copy = 4 * sum(leaf.size for leaf in kernels)
+    full_precision_copy = 4 * num_params(shapes(model)["params"]["layers"])
     frozen = temp_bytes()
-    monkeypatch.setattr(lora, "frozen_dot", lambda x, w, _: x @ w.T.astype(x.dtype))
+    monkeypatch.setattr(lora, "frozen_dot", lambda x, w, _: x @ dequantized(w, x.dtype).T)
     plain = temp_bytes()
     assert plain - frozen > 0.9 * full_precision_copy
     assert frozen < 0.5 * full_precision_copy

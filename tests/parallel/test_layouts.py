@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toys import SPEC, forward, initial, toy_batch, toy_model, toy_variables
+from toys import (
+    SPEC,
+    forward,
+    initial,
+    toy_batch,
+    toy_model,
+    toy_variables,
+    toy_weights,
+)
 
 from safemoe_jax.config import ExpertsConfig, MeshConfig
 from safemoe_jax.inference.sampler import Sampler
@@ -138,3 +146,24 @@ def test_a_layout_moves_over_the_network_what_it_should(layout, stage):
         assert (rows, LENGTH, spec.num_kv_heads, spec.head_dim) in in_layers["all-gather"]
     if layout == "data":
         assert not everywhere["all-gather"]
+
+
+def test_a_quantized_base_on_a_mesh_answers_as_what_it_stands_for_on_one_device():
+    spec = dataclasses.replace(MODEL.spec, embed_dim=128, head_dim=32, mlp_dim=128)
+    weights, model = toy_weights(spec), MODEL.clone(spec=spec, param_dtype="nf4")
+    mesh = make_mesh(LAYOUTS["tensor"])
+    boxed = jax.eval_shape(lambda: initial(model, unbox=False))
+    variables = toy_variables(plain := MODEL.clone(spec=spec))
+    trained = {name: variables[name] for name in ("experts", "router")}
+
+    def answers(model, params):
+        sampler = Sampler(model, {"params": params, **trained}, Routed(), end_of_turn=0)
+        return sampler.generate(
+            PROMPTS, max_new_tokens=6, temperature=0, top_p=1.0, seed=0, batch_size=4
+        )
+
+    with jax.set_mesh(mesh):
+        found = answers(model, weights.place("nf4", shardings(mesh, boxed["params"])))
+    for mine, theirs in zip(found, answers(plain, weights.read("nf4")), strict=True):
+        assert mine.tokens == theirs.tokens
+        np.testing.assert_allclose(mine.gates_TLE, theirs.gates_TLE, rtol=0, atol=1e-5)
