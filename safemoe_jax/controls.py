@@ -32,10 +32,11 @@ from safemoe_jax.evaluation.systems import (
     shuffled_router,
     without_expert,
 )
-from safemoe_jax.experiment import Experiment, init_shapes, num_params
+from safemoe_jax.experiment import Experiment, init_shapes
 from safemoe_jax.inference import divergence
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.inference.scoring import Scorer
+from safemoe_jax.model.flops import num_params
 from safemoe_jax.model.lora import Gates, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.hosts import is_first, to_host

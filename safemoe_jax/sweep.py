@@ -38,7 +38,7 @@ from safemoe_jax.evaluation.figures import PALETTE
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.progress import console
 from safemoe_jax.queues import Unfinished
-from safemoe_jax.training.loop import Diverged
+from safemoe_jax.training.observer import Diverged
 from safemoe_jax.workdir import Workdir, write_json
 
 RESULT = "validation.json"  # is there once a directory's stage is trained
