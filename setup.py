@@ -63,6 +63,7 @@ setup(
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8",
             "openai>=2",  # the server's tests speak to it as its users do
+            "pytest-cov>=7",
             "ruff>=0.12",
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",

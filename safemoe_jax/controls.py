@@ -145,9 +145,10 @@ class Controls:
         schedule = experiment.config.train.experts
 
         def train() -> Any:
-            text = tuple(
-                experiment.packed(examples, by_domain=True)
-                for examples in expert_text(experiment, data)
+            learnt, held_out = expert_text(experiment, data)
+            text = (
+                experiment.packed(learnt, by_domain=True),
+                experiment.packed(held_out, by_domain=True),
             )
             return stage_one(experiment, name, experiment.model, text, schedule).trainable
 
@@ -206,7 +207,7 @@ class Controls:
             ).mean()
             for domain in self._experiment.config.data.domains
         }
-        best = min(nll, key=nll.get)
+        best = min(nll, key=lambda domain: nll[domain])
         console.print(f"best single expert on safe validation answers: {best}")
         return best
 

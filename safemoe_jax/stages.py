@@ -45,9 +45,9 @@ def train_experts(experiment: Experiment) -> Any:
     if experiment.imported:
         console.print(f"experts: imported, from {config.experts.source}; none is trained")
         return experiment.placed(model, "experts", experiment.imported.experts)
-    text = tuple(
-        experiment.packed(experiment.unsafe(split), by_domain=True)
-        for split in ("train", "validation")
+    text = (
+        experiment.packed(experiment.unsafe("train"), by_domain=True),
+        experiment.packed(experiment.unsafe("validation"), by_domain=True),
     )
     return stage_one(experiment, "experts", model, text, config.train.experts).trainable
 
@@ -165,12 +165,12 @@ def stage_two(
 
 def safe_text(experiment: Experiment, left_out: str = "") -> Text:
     """Stage two's training and validation text, without that of a domain that is left out."""
-    sets = [
+    learnt, held_out = (
         [e for e in experiment.safe_informative(split) if e.domain != left_out]
         for split in ("train", "validation")
-    ]
+    )
     but = f" but of {left_out}" if left_out else ""
-    return in_one_stream(experiment, *sets, f"safe, informative answer{but}")
+    return in_one_stream(experiment, learnt, held_out, f"safe, informative answer{but}")
 
 
 def in_one_stream(
@@ -183,7 +183,10 @@ def in_one_stream(
                 f"there is no {kind} in the {split} split; add safe answers, or lower "
                 "data.informative_min_characters"
             )
-    return tuple(experiment.packed(part, by_domain=False) for part in (learnt, held_out))
+    return (
+        experiment.packed(learnt, by_domain=False),
+        experiment.packed(held_out, by_domain=False),
+    )
 
 
 def place(stage: str) -> str:
@@ -202,7 +205,7 @@ def _work(
 ) -> Work:
     length = experiment.config.data.sequence_length
     count = MultiplyAdds.of(model, init_shapes(model))
-    peak = peak_flops(experiment.mesh.devices.ravel())
+    peak = peak_flops(experiment.mesh.devices.flat)
     return Work(rows * length, count.train_step(trained, rows, length), peak)
 
 

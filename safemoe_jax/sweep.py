@@ -98,7 +98,7 @@ def read_points(base: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[
         )
     whole = freeze(base)
     values = flatten_dict(to_dict(whole), sep=".")
-    points = {}
+    points: dict[str, Point] = {}
     for change in changes:
         for key in change:
             if key.startswith(_FIXED):

@@ -5,7 +5,7 @@ Jouppi et al., "TPU v4", arXiv 2304.01433, table 4. They are the maker's, not me
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 
@@ -44,11 +44,12 @@ CHIPS = {
 }
 
 
-def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+def peak_flops(devices: Iterable[jax.Device]) -> float | None:
     """FLOP/s at most of all chips that `devices` lie on; None where their kind is not in the table.
 
     Some chips are one device and some, by the runtime's choice, two: chips are told by their place.
     """
+    devices = list(devices)
     by_kind = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
     if any(device.device_kind not in by_kind for device in devices):
         return None

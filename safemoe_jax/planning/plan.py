@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,7 @@ def plan(
 def _train_job(
     name: str, config: Config, mesh: Mesh, model: Transformer, shapes: dict[str, Any]
 ) -> Job:
-    stage = {"train-experts": "experts", "train-gate": "router"}[name]
+    stage: Literal["experts", "router"] = "experts" if name == "train-experts" else "router"
     step = {"experts": expert_train_step, "router": gate_train_step}[stage]
     frozen = {"experts": ("params",), "router": ("params", "experts")}[stage]
     train, length = getattr(config.train, stage), config.data.sequence_length
@@ -310,7 +310,7 @@ _JOBS: dict[str, Callable[..., Job]] = {
 
 
 def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
-    share = {"useful_flops": job.useful_flops / mesh.size}
+    share: dict[str, Any] = {"useful_flops": job.useful_flops / mesh.size}
     held = _held(job)
     if (needed := sum(held.values())) > topology.room:  # its arguments alone are too much
         return Figures(job.name, job.rows, job.tokens, False, held, needed, **share)

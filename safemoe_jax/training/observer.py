@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,8 @@ from safemoe_jax.parallel.hosts import is_first
 from safemoe_jax.progress import Meter, console
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.metrics import Writer
+
+PARTS = ("data", "compute", "validation", "checkpoint")  # of a row's seconds
 
 
 class Diverged(Exception):
@@ -97,7 +98,7 @@ class Observer:
         """Around the steps after step `first`: opens what is written to, and closes it."""
         self._checkpoints = checkpoints
         self._writers = self._open_writers(first) if is_first() else ()
-        self._last_read, self._seconds = time.monotonic(), Counter[str]()
+        self._last_read, self._seconds = time.monotonic(), dict.fromkeys(PARTS, 0.0)
         try:
             yield
         finally:
@@ -173,16 +174,16 @@ class Observer:
         """Seconds since the last row, by what they went to, and what was trained in them."""
         now = time.monotonic()
         seconds = now - self._last_read
-        self._seconds["compute"] = seconds - sum(self._seconds.values())
+        self._seconds["compute"] = seconds - sum(self._seconds.values())  # what is left
         training = max(self._seconds["data"] + self._seconds["compute"], 1e-9)
         row = {"seconds": seconds}
-        for part in ("data", "compute", "validation", "checkpoint"):
+        for part in PARTS:
             row[f"seconds/{part}"] = self._seconds[part]
         row["loss_tokens_per_second"] = loss_tokens / training
         row["tokens_per_second"] = self._work.tokens / training
         if self._work.peak:
             row["mfu"] = self._work.flops / (training * self._work.peak)
-        self._last_read, self._seconds = now, Counter()
+        self._last_read, self._seconds = now, dict.fromkeys(PARTS, 0.0)
         return row
 
     def _stop_trace(self) -> None:

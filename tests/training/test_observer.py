@@ -12,9 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from safemoe_jax.errors import UserError
 from safemoe_jax.training import metrics
 from safemoe_jax.training.metrics import Recording, TensorBoardWriter, WandbWriter
-from safemoe_jax.training.observer import Work
+from safemoe_jax.training.observer import PARTS, Work
 
-PARTS = ("data", "compute", "validation", "checkpoint")
 WORK = Work(tokens=48, flops=3e6, peak=2e9)
 
 
