@@ -53,6 +53,8 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "gcs": ["gcsfs>=2026.2"],  # gs:// as work directory, data or base
         "encryption": ["cryptography>=45"],  # experts at rest, docs/security.md
+        "tensorboard": ["tensorboardX>=2.6.5"],  # writes without TensorFlow
+        "wandb": ["wandb>=0.31"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "slurm": ["submitit>=1.5.3"],
         "lm-eval": ["lm-eval>=0.4.13"],  # safemoe_jax.serving.harness
@@ -61,10 +63,14 @@ setup(
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8",
             "openai>=2",  # the server's tests speak to it as its users do
+            "pytest-cov>=7",
             "ruff>=0.12",
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",
+            "tensorboardX>=2.6.5",
+            "tensorboard>=2.21",  # reads what tensorboardX writes
+            "wandb>=0.31",
             "cryptography>=45",
             "mkdocs-material>=9.7",
             "mkdocstrings[python]>=1",

@@ -22,8 +22,8 @@ import jax
 
 from safemoe_jax.config import freeze
 from safemoe_jax.planning import report
-from safemoe_jax.planning.chips import get_topology
 from safemoe_jax.planning.plan import Plan, plan
+from safemoe_jax.planning.topologies import get_topology
 from safemoe_jax.weights.base import read_spec
 
 DOCS = Path("docs") / "plans.md"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from safemoe_jax.serving import verbs
+from safemoe_jax.training.flags import add_recording, recording_of
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -55,7 +56,7 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
-    from safemoe_jax.training.loop import Diverged
+    from safemoe_jax.training.observer import Diverged
 
     try:
         if arguments.verb == "plan":
@@ -161,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--out", type=Path, metavar="DIR", help="default: where the numbers are from"
             )
+        if verb in ("train-experts", "train-gate", "run"):
+            add_recording(sub)
         if verb in ("train-gate", "run", "sweep"):
             sub.add_argument(
                 "--keep-experts",
@@ -306,9 +309,10 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
     if arguments.verb == "report" and (arguments.runs or arguments.results or arguments.out):
         raise UserError("--runs, --results and --out need no --config; leave it out")
     config = freeze(_read_config(arguments.config, rest))
+    recording = recording_of(arguments, config)
     root = arguments.workdir or Path("runs") / arguments.config.stem
     with Workdir(root, config) as workdir:
-        experiment = Experiment(config, workdir)
+        experiment = Experiment(config, workdir, recording)
         verbs: dict[str, Callable[[], object]] = {
             "fetch": lambda: run.fetch(experiment),
             "data": lambda: run.data(experiment, arguments.show),

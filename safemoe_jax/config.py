@@ -244,7 +244,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _build(kind: type, values: Any, path: str) -> Any:
+def _build(kind: Any, values: Any, path: str) -> Any:
     """Builds the dataclass `kind` from a mapping, naming the full path of whatever is wrong."""
     if not isinstance(values, dict):
         raise UserError(f"{path} is {values!r}; it must be a section with keys")

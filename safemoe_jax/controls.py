@@ -32,10 +32,11 @@ from safemoe_jax.evaluation.systems import (
     shuffled_router,
     without_expert,
 )
-from safemoe_jax.experiment import Experiment, init_shapes, num_params
+from safemoe_jax.experiment import Experiment, init_shapes
 from safemoe_jax.inference import divergence
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.inference.scoring import Scorer
+from safemoe_jax.model.flops import num_params
 from safemoe_jax.model.lora import Gates, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.hosts import is_first, to_host
@@ -144,9 +145,10 @@ class Controls:
         schedule = experiment.config.train.experts
 
         def train() -> Any:
-            text = tuple(
-                experiment.packed(examples, by_domain=True)
-                for examples in expert_text(experiment, data)
+            learnt, held_out = expert_text(experiment, data)
+            text = (
+                experiment.packed(learnt, by_domain=True),
+                experiment.packed(held_out, by_domain=True),
             )
             return stage_one(experiment, name, experiment.model, text, schedule).trainable
 
@@ -205,7 +207,7 @@ class Controls:
             ).mean()
             for domain in self._experiment.config.data.domains
         }
-        best = min(nll, key=nll.get)
+        best = min(nll, key=lambda domain: nll[domain])
         console.print(f"best single expert on safe validation answers: {best}")
         return best
 

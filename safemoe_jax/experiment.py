@@ -18,13 +18,15 @@ from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.corpora import Corpus, Example, load_corpus
 from safemoe_jax.data.pipeline import PackedCorpus, pack
 from safemoe_jax.errors import UserError
+from safemoe_jax.model.flops import num_params
 from safemoe_jax.model.lora import Routed
-from safemoe_jax.model.quantization import NF4_BLOCK, Quantized
+from safemoe_jax.model.quantization import NF4_BLOCK
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import check_divides, make_mesh
 from safemoe_jax.parallel.sharding import shardings, with_shardings
 from safemoe_jax.remote import local_copy
+from safemoe_jax.training.metrics import NOTHING_MORE, Recording
 from safemoe_jax.training.state import (
     TrainState,
     init_expert_state,
@@ -39,8 +41,10 @@ from safemoe_jax.workdir import Workdir
 class Experiment:
     """A config at work in a workdir."""
 
-    def __init__(self, config: Config, workdir: Workdir) -> None:
-        self.config, self.workdir = config, workdir
+    def __init__(
+        self, config: Config, workdir: Workdir, recording: Recording = NOTHING_MORE
+    ) -> None:
+        self.config, self.workdir, self.recording = config, workdir, recording
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -196,11 +200,6 @@ def state_shapes(
     return with_shardings(
         shapes, state_shardings(mesh, boxed_shapes(model)[collection], shapes, tx)
     )
-
-
-def num_params(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    return sum(leaf.size for leaf in leaves)
 
 
 def _start(

@@ -39,9 +39,9 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as file:
-        json.dump({"path": str(path), "sha256": digest}, file)
-    os.replace(file.name, record)
+    with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as scratch:
+        json.dump({"path": str(path), "sha256": digest}, scratch)
+    os.replace(scratch.name, record)
     return digest
 
 

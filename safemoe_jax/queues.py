@@ -95,7 +95,8 @@ def _queued(folder: Path) -> Any:
 
     submitted = sorted(folder.glob("*_submitted.pkl"), key=lambda path: path.stat().st_mtime)
     for path in submitted[-1:]:
-        job = submitit.SlurmJob(folder, path.name.removesuffix("_submitted.pkl"))
+        name = path.name.removesuffix("_submitted.pkl")
+        job: submitit.SlurmJob[Any] = submitit.SlurmJob(folder, name)
         if not job.done(force_check=True) and job.state != "UNKNOWN":
             return job
     return None

@@ -6,22 +6,26 @@ same two, on other text (`controls`).
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
 
-from safemoe_jax.config import TrainConfig
+from safemoe_jax.config import TrainConfig, to_dict
 from safemoe_jax.data.corpora import Example
 from safemoe_jax.data.pipeline import PackedCorpus, train_iterator
 from safemoe_jax.errors import UserError
-from safemoe_jax.experiment import Experiment
+from safemoe_jax.experiment import Experiment, init_shapes
+from safemoe_jax.model.flops import MultiplyAdds
 from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.parallel.chips import peak_flops
 from safemoe_jax.parallel.hosts import is_first, to_host
 from safemoe_jax.parallel.sharding import local_rows, replicated
 from safemoe_jax.progress import console
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.loop import Stage, train
+from safemoe_jax.training.metrics import MetricsWriter, TensorBoardWriter, WandbWriter, Writer
+from safemoe_jax.training.observer import Observer, Trace, Work
 from safemoe_jax.training.state import Best, TrainState, make_optimizer
 from safemoe_jax.training.steps import expert_train_step, gate_train_step
 from safemoe_jax.training.validation import expert_validation, gate_validation
@@ -41,9 +45,9 @@ def train_experts(experiment: Experiment) -> Any:
     if experiment.imported:
         console.print(f"experts: imported, from {config.experts.source}; none is trained")
         return experiment.placed(model, "experts", experiment.imported.experts)
-    text = tuple(
-        experiment.packed(experiment.unsafe(split), by_domain=True)
-        for split in ("train", "validation")
+    text = (
+        experiment.packed(experiment.unsafe("train"), by_domain=True),
+        experiment.packed(experiment.unsafe("validation"), by_domain=True),
     )
     return stage_one(experiment, "experts", model, text, config.train.experts).trainable
 
@@ -121,10 +125,10 @@ def stage_one(
         frozen=frozen,
         batches=_batches(experiment, packed, schedule.rows),
         validate=expert_validation(model, frozen, held_out, rows, experiment.mesh),
-        streams=packed.streams,
-        domains=packed.streams,
     )
-    return _train(experiment, stage, state, schedule, made_of or {})
+    work = _work(experiment, model, "experts", rows)
+    observer = _observer(experiment, name, packed.streams, packed.streams, work)
+    return _train(experiment, stage, state, schedule, observer, made_of or {})
 
 
 def stage_two(
@@ -153,20 +157,20 @@ def stage_two(
         frozen=frozen,
         batches=_batches(experiment, packed, schedule.rows),
         validate=gate_validation(model, frozen, held_out, schedule.rows, experiment.mesh),
-        streams=("all",),
-        domains=tuple(domains),
     )
-    return _train(experiment, stage, state, schedule, made_of)
+    work = _work(experiment, model, "router", schedule.rows)
+    observer = _observer(experiment, name, ("all",), domains, work)
+    return _train(experiment, stage, state, schedule, observer, made_of)
 
 
 def safe_text(experiment: Experiment, left_out: str = "") -> Text:
     """Stage two's training and validation text, without that of a domain that is left out."""
-    sets = [
+    learnt, held_out = (
         [e for e in experiment.safe_informative(split) if e.domain != left_out]
         for split in ("train", "validation")
-    ]
+    )
     but = f" but of {left_out}" if left_out else ""
-    return in_one_stream(experiment, *sets, f"safe, informative answer{but}")
+    return in_one_stream(experiment, learnt, held_out, f"safe, informative answer{but}")
 
 
 def in_one_stream(
@@ -179,7 +183,10 @@ def in_one_stream(
                 f"there is no {kind} in the {split} split; add safe answers, or lower "
                 "data.informative_min_characters"
             )
-    return tuple(experiment.packed(part, by_domain=False) for part in (learnt, held_out))
+    return (
+        experiment.packed(learnt, by_domain=False),
+        experiment.packed(held_out, by_domain=False),
+    )
 
 
 def place(stage: str) -> str:
@@ -191,6 +198,41 @@ def _batches(experiment: Experiment, packed: PackedCorpus, rows: int) -> grain.D
     """Train batches: the rows of them that this process's devices hold."""
     places = local_rows(experiment.mesh, rows * packed.num_streams)
     return train_iterator(packed, rows, experiment.config.seed, places)
+
+
+def _work(
+    experiment: Experiment, model: Transformer, trained: Literal["experts", "router"], rows: int
+) -> Work:
+    length = experiment.config.data.sequence_length
+    count = MultiplyAdds.of(model, init_shapes(model))
+    peak = peak_flops(experiment.mesh.devices.flat)
+    return Work(rows * length, count.train_step(trained, rows, length), peak)
+
+
+def _observer(
+    experiment: Experiment, stage: str, streams: Sequence[str], domains: Sequence[str], work: Work
+) -> Observer:
+    workdir, recording = experiment.workdir, experiment.recording
+    # One directory for both: TensorBoard shows a trace where it finds event files.
+    shown = workdir.tensorboard / stage
+
+    def writers(first: int) -> list[Writer]:
+        found: list[Writer] = [MetricsWriter(workdir.metrics, stage, first)]
+        if "tensorboard" in recording.log:
+            found.append(TensorBoardWriter(shown, first))
+        if "wandb" in recording.log:
+            identity, config = workdir.identity, to_dict(experiment.config)
+            found.append(WandbWriter(workdir.root, workdir.name, stage, identity, config))
+        return found
+
+    return Observer(
+        stage,
+        streams=streams,
+        domains=domains,
+        work=work,
+        open_writers=writers,
+        trace=Trace(recording.profile, shown),
+    )
 
 
 def jitted_step(step, model: Transformer, tx, accumulation: int, state: TrainState):
@@ -210,6 +252,7 @@ def _train(
     stage: Stage,
     state: TrainState,
     schedule: TrainConfig,
+    observer: Observer,
     made_of: Mapping[str, str],
 ) -> Best:
     checkpoints = Checkpoints(
@@ -224,7 +267,7 @@ def _train(
             schedule,
             experiment.mesh,
             checkpoints,
-            experiment.workdir.metrics,
+            observer,
             experiment.workdir.publish,
         ).best
     finally:

@@ -38,7 +38,7 @@ from safemoe_jax.evaluation.figures import PALETTE
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.progress import console
 from safemoe_jax.queues import Unfinished
-from safemoe_jax.training.loop import Diverged
+from safemoe_jax.training.observer import Diverged
 from safemoe_jax.workdir import Workdir, write_json
 
 RESULT = "validation.json"  # is there once a directory's stage is trained
@@ -98,7 +98,7 @@ def read_points(base: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[
         )
     whole = freeze(base)
     values = flatten_dict(to_dict(whole), sep=".")
-    points = {}
+    points: dict[str, Point] = {}
     for change in changes:
         for key in change:
             if key.startswith(_FIXED):

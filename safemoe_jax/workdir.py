@@ -1,11 +1,12 @@
 """A run's directory: whose it is, what it was made with, and that nobody else is writing to it.
 
-config.json run.json lock metrics.jsonl data/ experts/ router/ bundle/ unfinished/ controls/
-evaluation/ report.json report.html report.tex
+config.json run.json lock metrics.jsonl tensorboard/ wandb/ data/ experts/ router/ bundle/
+unfinished/ controls/ evaluation/ report.json report.html report.tex
 """
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -29,8 +30,8 @@ from safemoe_jax.remote import Mirror, is_remote
 _FREE = ("evaluation",)
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
 _MIRRORED = (
-    *("config.json", "run.json", "metrics.jsonl", "bundle", "controls", "evaluation"),
-    *("report.json", "report.html", "report.tex"),
+    *("config.json", "run.json", "metrics.jsonl", "tensorboard", "bundle", "controls"),
+    *("evaluation", "report.json", "report.html", "report.tex"),
 )
 
 
@@ -119,6 +120,21 @@ class Workdir:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files and traces of the profiler, by stage."""
+        return self.root / "tensorboard"
+
+    @property
+    def name(self) -> str:
+        return self._place.rstrip("/").rpartition("/")[2]
+
+    @property
+    def identity(self) -> str:
+        """What tells this directory from any other, of its name and config too."""
+        commands = json.loads((self.root / "run.json").read_text(encoding="utf-8"))["commands"]
+        return hashlib.sha256(json.dumps(commands[0]).encode()).hexdigest()
 
     def checkpoints(self, stage: str) -> epath.Path:
         """Where a stage's checkpoints are, in a directory that holds nothing else."""
@@ -230,7 +246,10 @@ def _differences(old: Any, new: Any, path: str):
 
 
 def _environment() -> dict[str, Any]:
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+    needed = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+    versions = {name: metadata.version(name) for name in ("safemoe-jax", *needed)}
+    if importlib.util.find_spec("libtpu"):
+        versions["libtpu"] = metadata.version("libtpu")
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -239,5 +258,13 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "devices": [str(device) for device in jax.devices()],
-        "versions": {name: metadata.version(name) for name in ("safemoe-jax", *packages)},
+        "device_kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        # What changes the compiled programs, and no other variable: some hold secrets.
+        "flags": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") or name.startswith("JAX_")
+        },
+        "versions": versions,
     }

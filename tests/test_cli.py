@@ -18,7 +18,7 @@ from safemoe_jax import cli, generate, run
 from safemoe_jax.config import freeze
 from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.model.transformer import Transformer
-from safemoe_jax.training.loop import Diverged
+from safemoe_jax.training.observer import Diverged
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import write_bundle
 from safemoe_jax.workdir import Workdir
@@ -86,6 +86,11 @@ def mistake(safemoe):
         (["sweep"], "the following arguments are required: FILE; see `safemoe sweep --help`"),
         (["sweep", "x.py", "--backend", "moon"], "argument --backend: invalid choice: 'moon'"),
         (["sweep", "x.py"], "x.py is no file; the shipped experiments are in experiments/"),
+        (
+            ["run", "--config", "x", "--profile", "0:2"],
+            "argument --profile: '0:2' is no FIRST:LAST with 1 <= FIRST <= LAST",
+        ),
+        (["run", "--config", "x", "--log", "csv"], "argument --log: invalid choice: 'csv'"),
         (["generate"], "the following arguments are required: --bundle"),
         (["generate", "--bundle", "x", "--gate"], "unknown argument '--gate'; see `safemoe gen"),
     ],
@@ -130,6 +135,13 @@ def test_a_mistyped_command(mistake, argv, message):
 def test_a_wrong_value_is_named_with_its_remedy(mistake, home, tmp_path, override, message):
     line = mistake("train-experts", "--config", home / "tiny.py", "--workdir", tmp_path, override)
     assert line.startswith(message)
+
+
+def test_a_trace_of_steps_that_there_are_not(mistake, home, tmp_path):
+    argv = ["run", "--config", home / "tiny.py", "--workdir", tmp_path / "run"]
+    message = "--profile begins at step 5, and the stages have 4 and 4 steps; choose earlier ones"
+    assert mistake(*argv, "--profile", "5:6") == message
+    assert not (tmp_path / "run").exists()
 
 
 def test_overrides_reach_the_config(home):

@@ -9,8 +9,9 @@ import pytest
 from benchmarks import plans
 from experiments import llama32_1b
 from safemoe_jax.config import freeze
-from safemoe_jax.planning.chips import CHIPS, Topology
+from safemoe_jax.parallel.chips import CHIPS
 from safemoe_jax.planning.plan import Figures, Plan
+from safemoe_jax.planning.topologies import Topology
 
 ROOT = Path(__file__).parent.parent
 PLANNED = {

@@ -58,7 +58,7 @@ def _finished(home):
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        assert safemoe(home, "run") == 0
+        assert safemoe(home, "run", "--log", "tensorboard", "--profile", "2:3") == 0
     (home / "said").write_text(said.getvalue())
     return home
 
@@ -94,6 +94,7 @@ def test_what_a_run_leaves_behind(home):
         "report.json",
         "report.tex",
         "run.json",
+        "tensorboard",
     }  # no experts/ and no router/: what they held is in the bundle
     assert mode(home / "run") == 0o700
     assert {path.name for path in (home / "run" / "evaluation").iterdir()} == {
@@ -112,7 +113,18 @@ def test_both_stages_were_trained_and_written_down(home):
         assert [row["step"] for row in mine if row["split"] == "train"] == [1, 2, 3, 4]
         assert [row["step"] for row in mine if row["split"] == "validation"] == [2, 4]
     assert {"loss/cats", "loss/dogs"} <= rows[0].keys()
-    assert {"gates/cats", "gates/dogs"} <= rows[-1].keys()
+    gates = {f"{name}/{domain}" for name in ("gates", "gates_std") for domain in ("cats", "dogs")}
+    assert gates <= [row for row in rows if row["split"] == "train"][-1].keys()
+
+
+def test_both_stages_are_in_tensorboard_with_a_trace(home):
+    for stage in ("experts", "router"):
+        shown = home / "run" / "tensorboard" / stage
+        assert len(list(shown.glob("events.out.tfevents.*"))) == 1
+        (trace,) = shown.glob("plugins/profile/*/*.xplane.pb")
+        assert trace.stat().st_size > 1000
+        assert f"profile: a trace of {stage} is in {shown}" in (home / "said").read_text()
+    assert mode(shown) == 0o700
 
 
 def test_the_bundle_is_the_runs(home):

@@ -18,7 +18,7 @@ from safemoe_jax.config import freeze
 from safemoe_jax.errors import UserError
 from safemoe_jax.queues import Unfinished
 from safemoe_jax.sweep import RESULT, grid, read_points
-from safemoe_jax.training.loop import Diverged
+from safemoe_jax.training.observer import Diverged
 
 ROOT = Path(__file__).parent.parent
 ROUTER = ROOT / "experiments" / "sweeps" / "router.py"

@@ -26,7 +26,9 @@ def mode(path):
     return path.stat().st_mode & 0o777
 
 
-def test_says_what_the_run_is_and_lets_only_the_owner_in(tmp_path):
+def test_says_what_the_run_is_and_lets_only_the_owner_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_of_a_tpu=true")
+    monkeypatch.setenv("SAFEMOE_BUNDLE_KEY", "a secret")
     root = tmp_path / "runs" / "one"
     visit(root)
     assert mode(root) == 0o700
@@ -34,9 +36,27 @@ def test_says_what_the_run_is_and_lets_only_the_owner_in(tmp_path):
     assert stored == json.loads(json.dumps(to_dict(config())))
     (environment,) = json.loads((root / "run.json").read_text())["commands"]
     assert environment["versions"]["jax"]
-    assert environment["devices"]
+    assert environment["device_kind"] == "cpu"
+    assert len(environment["devices"]) == 8
+    assert environment["flags"]["LIBTPU_INIT_ARGS"] == "--xla_of_a_tpu=true"
+    assert environment["flags"].keys() >= {"XLA_FLAGS", "JAX_PLATFORMS"}
+    assert "a secret" not in (root / "run.json").read_text()
     assert re.match(r"[0-9a-f]{40}( with changes)?$|unknown$", environment["commit"])
     assert {path.name for path in root.iterdir()} == {"config.json", "lock", "run.json"}
+
+
+def test_a_directory_has_an_identity_that_it_keeps(tmp_path):
+    def identity(name):
+        with Workdir(tmp_path / name, config()) as workdir:
+            assert workdir.name == name
+            return workdir.identity
+
+    first = identity("one")
+    assert identity("one") == first
+    run = json.loads((tmp_path / "one" / "run.json").read_text())
+    run["commands"][0]["started"] = "2026-01-01T00:00:00+0000"
+    (tmp_path / "one" / "run.json").write_text(json.dumps(run))
+    assert identity("one") != first
 
 
 def test_run_json_tells_of_every_command(tmp_path):

@@ -32,6 +32,8 @@ from safemoe_jax.parallel.sharding import local_rows, replicated, shardings
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.interruption import Interrupted
 from safemoe_jax.training.loop import Stage, train
+from safemoe_jax.training.metrics import MetricsWriter, Writer
+from safemoe_jax.training.observer import Observer, Trace, Work
 from safemoe_jax.training.state import (
     TrainState,
     init_expert_state,
@@ -51,6 +53,7 @@ MODEL = toy_model(
 TX: optax.GradientTransformation = make_optimizer(
     dataclasses.replace(ADAMW, schedule="cosine", warmup_steps=2), CONFIG.steps
 )
+WORK = Work(tokens=48, flops=1e6, peak=None)
 ONE = MeshConfig(data=1, fsdp=1, tensor=1, context=1)
 
 
@@ -95,6 +98,9 @@ def run(
     before: Callable[[int, TrainState], TrainState] = lambda step, state: state,
     after: Callable[[int, dict], dict] = lambda step, metrics: metrics,
     mesh: MeshConfig = ONE,
+    writers: Callable[[int], list[Writer]] = lambda first: [],
+    profile: range = range(0),
+    work: Work = WORK,
 ) -> TrainState:
     """Trains to the end, from the workdir's newest checkpoint.
 
@@ -103,6 +109,9 @@ def run(
       before: given the number of the step to come, from 1, and the state; may change it.
       after: given the step's number and its metrics; may change them.
       mesh: where.
+      writers: step that training goes on from -> where rows go besides metrics.jsonl.
+      profile: steps that are traced, into the workdir.
+      work: what a step is said to do.
     """
     mesh, frozen, placed, step, validate = compiled(mesh)
 
@@ -113,15 +122,25 @@ def run(
 
     places = local_rows(mesh, CONFIG.rows * len(DOMAINS))
     drawn = Noted(batches(places), workdir / f"ids-{jax.process_index()}.jsonl")
-    stage = Stage("experts", disturbed, frozen, drawn, validate, DOMAINS, DOMAINS)
+    stage = Stage("experts", disturbed, frozen, drawn, validate)
+    observer = Observer(
+        "experts",
+        streams=DOMAINS,
+        domains=DOMAINS,
+        work=work,
+        open_writers=lambda first: [
+            MetricsWriter(workdir / "metrics.jsonl", "experts", first),
+            *writers(first),
+        ],
+        trace=Trace(profile, workdir / "trace"),
+    )
     experts = toy_variables(MODEL)["experts"]
     state = jax.jit(lambda: init_expert_state(experts, TX), out_shardings=placed)()
     checkpoints = Checkpoints(
         epath.Path(workdir) / "checkpoints", keep=CONFIG.keep, identity={"base": "toy"}
     )
     try:
-        metrics = workdir / "metrics.jsonl"
-        return train(stage, state, CONFIG, mesh, checkpoints, metrics, publish=lambda: None)
+        return train(stage, state, CONFIG, mesh, checkpoints, observer, publish=lambda: None)
     finally:
         checkpoints.close()
 

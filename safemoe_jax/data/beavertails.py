@@ -86,8 +86,8 @@ class BeaverTailsSource:
             if abuse := rules.CHILD_ABUSE_DOMAINS & of.flags.keys():
                 domains = sorted(abuse)
             elif of.label != "unsafe":
-                flags = asked[prompt]
-                domains = [max(sorted(flags), key=flags.__getitem__) if flags else _UNFLAGGED]
+                asked_as = asked[prompt]
+                domains = [max(sorted(asked_as), key=asked_as.__getitem__, default=_UNFLAGGED)]
             for domain in domains:
                 yield Row(
                     messages=({"role": "user", "content": prompt},),
@@ -101,7 +101,7 @@ class BeaverTailsSource:
 def _parse(value: dict[str, Any]) -> tuple[str, str, bool, list[str]]:
     """-> prompt, answer, whether it is called safe, flagged categories; ValueError says what is
     wrong with the row."""
-    texts = [value.get(key) for key in ("prompt", "response")]
+    texts = [value.get(key) or "" for key in ("prompt", "response")]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("prompt or response is missing, empty or not text")
     safe, category = value.get("is_safe"), value.get("category")

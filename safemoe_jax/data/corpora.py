@@ -96,7 +96,7 @@ class Corpus:
         self,
         *,
         label: Label | None = None,
-        splits: Collection[Split] | None = None,
+        splits: Collection[str] | None = None,
         domain: str | None = None,
         informative: bool | None = None,
     ) -> list[Example]:

@@ -91,7 +91,8 @@ _REFUSAL = re.compile(
     )\b""",
     re.VERBOSE,
 )
-_PLAIN = {0x2018: "'", 0x2019: "'"} | dict.fromkeys(range(0x2010, 0x2016), "-")
+_PLAIN: dict[int, str | None] = {0x2018: "'", 0x2019: "'"}
+_PLAIN |= dict.fromkeys(range(0x2010, 0x2016), "-")
 _PLAIN |= dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF])
 _REFUSAL_WITHIN = 200  # characters; a refusal opens with it, an informing answer may say it later
 

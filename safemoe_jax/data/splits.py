@@ -51,9 +51,9 @@ def group(prompts: Sequence[str]) -> np.ndarray:
             if both >= _SIMILARITY * (len(shingles[new]) + len(shingles[old]) - both):
                 pairs.append((old, new))
         index.insert(new, sketch, check_duplication=False)
-    old, new = np.array(pairs, np.int64).reshape(-1, 2).T
+    edges = np.array(pairs, np.int64).reshape(-1, 2).T
     size = len(prompts)
-    graph = coo_array((np.ones(len(pairs)), (old, new)), shape=(size, size))
+    graph = coo_array((np.ones(len(pairs)), tuple(edges)), shape=(size, size))
     _, labels = connected_components(graph, directed=False)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return first[inverse]

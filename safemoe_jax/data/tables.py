@@ -20,7 +20,7 @@ from safemoe_jax.errors import UserError
 
 Row = dict[str, Any]
 
-_COMPRESSED: dict[str, Callable[..., BinaryIO]] = {".gz": gzip.open, ".xz": lzma.open}
+_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def read_rows(path: Path) -> Iterator[Row]:

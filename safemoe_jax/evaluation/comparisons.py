@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from safemoe_jax.evaluation import statistics
-from safemoe_jax.evaluation.statistics import Interval
+from safemoe_jax.evaluation.statistics import Difference, Interval
 
 OURS, BASE = "safemoe", "base"
 HELD_OUT, LEFT_OUT, GSM8K = "held_out", "left_out", "gsm8k"
@@ -291,7 +291,9 @@ def _share(table: Table, values_SP: np.ndarray, groups: int, seed: int) -> tuple
     return statistics.clustered_mean(values_SP, table.groups_P, seed, table.weights_P), "bootstrap"
 
 
-def _tests(table: Table, found, other: str, seeds: np.ndarray, split: str) -> dict[str, Any]:
+def _tests(
+    table: Table, found: Difference, other: str, seeds: np.ndarray, split: str
+) -> dict[str, Any]:
     none = {"p": None, "p_holm": None, "power": None, "detectable": None, "mcnemar": None}
     if split != ALL:
         return none

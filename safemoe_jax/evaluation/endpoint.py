@@ -34,7 +34,7 @@ _LOOPBACK_URL = "http://localhost:8000/v1"  # where vLLM listens
 _AT_ONCE = 8
 _TIMEOUT = (10, 300)  # seconds: to connect; without a byte of the reply
 # Waits 0, 2, 4, 8, 16, 32 s and up to a second more, or what the server's Retry-After says.
-_RETRIES = {"total": 6, "backoff_factor": 1, "backoff_jitter": 1}
+_RETRIES: dict[str, Any] = {"total": 6, "backoff_factor": 1, "backoff_jitter": 1}
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _ROW_REFUSED = (400, 413, 422)  # this text is too long, say; others may do
 _QUOTED = 80  # characters of a server's message; it may quote what it was sent
@@ -177,7 +177,8 @@ class EndpointJudge:
 
     def _ask(self, item: tuple[str, tuple[str, str]]) -> dict[str, Any]:
         key, (prompt, answer) = item
-        template, row = self.endpoint.template, {"key": key, "model": self.endpoint.model}
+        template = self.endpoint.template
+        row: dict[str, Any] = {"key": key, "model": self.endpoint.model}
         row |= {"template": template.name, "template_sha256": template.sha256}
         bodies = template.requests(prompt, answer)
         row |= {"prompt": prompt, "answer": answer, "requests": bodies, "replies": []}

@@ -4,7 +4,7 @@ Shape letters: E experts, L layers.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -278,7 +278,7 @@ def all_figures(summary: Row) -> dict[str, go.Figure]:
     metric, main = summary["primary"]["metric"], summary["primary"]["benchmark"]
     titles = {name: about["title"] for name, about in summary["systems"].items()}
 
-    def differences(rows: Sequence[Row], label) -> go.Figure:
+    def differences(rows: Sequence[Row], label: Callable[[Row], Any]) -> go.Figure:
         return forest(
             [
                 {**row, "label": label(row), "verdict": verdict(row), "unit": "points"}

@@ -36,7 +36,7 @@ class HarmDetector:
     def fit(
         self,
         pairs: Sequence[Pair],
-        harmful: Sequence[bool],
+        harmful: Sequence[bool] | np.ndarray,
         groups: Sequence[int],
         folds: StratifiedGroupKFold,
     ) -> np.ndarray:

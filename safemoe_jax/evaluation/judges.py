@@ -218,11 +218,11 @@ class EmbeddedJudge:
             (~refused & (harm >= self._harm_threshold)).tolist(),
             harm.tolist(),
         )
-        known = [withholds(example.prompt, example.response) for example in held_out]
-        read = [i for i, label in enumerate(known) if label is not None]
-        if read:
+        said = [withholds(example.prompt, example.response) for example in held_out]
+        known = {i: label for i, label in enumerate(said) if label is not None}
+        if read := list(known):
             self.reliability["refusal"]["held out"] = against_labels(
-                [known[i] for i in read], refused[read].tolist(), chance[read].tolist()
+                list(known.values()), refused[read].tolist(), chance[read].tolist()
             )
 
 

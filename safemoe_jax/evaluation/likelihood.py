@@ -57,24 +57,22 @@ class CachedScorer:
                 # The last token ends the turn; cut answers do not really end there.
                 self._known[key] = np.asarray(score[:-1], np.float32)
             if self._path:
-                self._save()
+                self._save(self._path)
         return [self._known[key] for key in keys]
 
     def _key(self, prompt: str, answer: str) -> str:
         text = json.dumps([self._identity, prompt, answer])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def _save(self) -> None:
-        with tempfile.NamedTemporaryFile(
-            dir=self._path.parent, suffix=".npz", delete=False
-        ) as file:
+    def _save(self, path: Path) -> None:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
             np.savez(
                 file,
                 keys=np.array(list(self._known)),
                 sizes=np.array([len(score) for score in self._known.values()]),
                 values=np.concatenate(list(self._known.values())),
             )
-        os.replace(file.name, self._path)
+        os.replace(file.name, path)
 
 
 def _cut(text: str) -> str:

@@ -5,10 +5,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 
-def open_private(path: Path, mode: str) -> TextIO:
+def open_private(path: Path, mode: str) -> IO[str]:
     """Opens a file that its owner alone may read; `mode` is "w" or "a"."""
     flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if mode == "a" else os.O_TRUNC)
     return os.fdopen(os.open(path, flags, 0o600), mode, encoding="utf-8", newline="")

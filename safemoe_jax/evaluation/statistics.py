@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
@@ -53,7 +54,7 @@ class Difference:
     groups: int
 
 
-def wilson(outcomes: Sequence[bool]) -> Interval:
+def wilson(outcomes: Sequence[bool] | np.ndarray) -> Interval:
     """The share of true outcomes with its Wilson score interval; outcomes are independent.
 
     Raises:
@@ -67,7 +68,10 @@ def wilson(outcomes: Sequence[bool]) -> Interval:
 
 
 def clustered_mean(
-    values_SP: np.ndarray, groups_P: Sequence, seed: int, weights_P: np.ndarray | None = None
+    values_SP: np.ndarray,
+    groups_P: ArrayLike,
+    seed: int,
+    weights_P: np.ndarray | None = None,
 ) -> Interval:
     """Mean over seeds and prompts that are not independent, bootstrapped as `paired_difference` is.
 
@@ -87,7 +91,7 @@ def clustered_mean(
 def paired_difference(
     first_SP: np.ndarray,
     second_SP: np.ndarray,
-    groups_P: Sequence,
+    groups_P: ArrayLike,
     seed: int,
     weights_P: np.ndarray | None = None,
 ) -> Difference:
@@ -136,15 +140,15 @@ def paired_difference(
     )
 
 
-def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
+def mcnemar_p(first: ArrayLike, second: ArrayLike) -> float:
     """Exact two-sided McNemar test of two systems' binary outcomes on the same prompts.
 
     It takes prompts for independent, and one seed's.
     """
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    one, other = np.asarray(first, bool), np.asarray(second, bool)
     table = [
-        [np.sum(first & second), np.sum(first & ~second)],
-        [np.sum(~first & second), np.sum(~first & ~second)],
+        [np.sum(one & other), np.sum(one & ~other)],
+        [np.sum(~one & other), np.sum(~one & ~other)],
     ]
     return float(mcnemar(table, exact=True).pvalue)
 
@@ -192,7 +196,7 @@ def discordant_spread(share: float, difference: float) -> float:
 
 
 def _by_group(
-    values_SP: np.ndarray, groups_P: Sequence, weights_P: np.ndarray
+    values_SP: np.ndarray, groups_P: ArrayLike, weights_P: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weighted sums and weights [S, G] of what is not NaN; groups without anything are left out."""
     names, index_P = np.unique(np.asarray(groups_P), return_inverse=True)

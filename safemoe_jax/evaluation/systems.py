@@ -149,7 +149,7 @@ def matched_random(tree: Any, seed: int) -> Any:
     """
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf):
+    def draw(path: Any, leaf: Any) -> np.ndarray:
         leaf = np.asarray(leaf)
         axes = (-1,) if path[-1].key == "bias" else (-2, -1)
         drawn = rng.normal(size=leaf.shape)
@@ -177,7 +177,7 @@ def shuffled_router(router: Any, num_experts: int, seed: int) -> Any:
     order = np.arange(num_experts)
     shift = 1 + np.random.default_rng(seed).integers(num_experts - 1)
 
-    def shuffle(leaf):
+    def shuffle(leaf: Any) -> np.ndarray:
         leaf = np.asarray(leaf)
         slots = np.concatenate([np.roll(order, shift), np.arange(num_experts, leaf.shape[-1])])
         return np.ascontiguousarray(leaf[..., slots])  # the null slot, if any, stays
@@ -193,7 +193,7 @@ def constant_router(router: Any, gates_LE: np.ndarray, config: RouterConfig) -> 
     tiny = 1e-6
     gates_LE = np.asarray(gates_LE, np.float64)
 
-    def bias(gates):
+    def bias(gates: np.ndarray) -> np.ndarray:
         if config.activation == "signed":
             return np.arctanh(np.clip(gates, tiny - 1, 1 - tiny))
         if config.activation == "sigmoid":
@@ -204,7 +204,7 @@ def constant_router(router: Any, gates_LE: np.ndarray, config: RouterConfig) -> 
             gates = np.concatenate([gates, rest], axis=-1)
         return np.log(np.maximum(gates, tiny))
 
-    def leaf(path, value):
+    def leaf(path: Any, value: Any) -> np.ndarray:
         value = np.asarray(value)
         if path[-1].key == "kernel":
             return np.zeros_like(value)

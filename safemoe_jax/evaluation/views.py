@@ -3,7 +3,7 @@
 A difference whose interval includes zero says so beside it; none of one domain is called a test.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -268,7 +268,9 @@ def _block(summary: Row, name: str, rows: Sequence[Row]) -> Block:
     )
 
 
-def _by_system(rows: Sequence[Row], whose: str, cell) -> dict[str, dict[str, Cell]]:
+def _by_system(
+    rows: Sequence[Row], whose: str, cell: Callable[[Row], Cell]
+) -> dict[str, dict[str, Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for row in rows:
         found.setdefault(row[whose], {})[row["metric"]] = cell(row)

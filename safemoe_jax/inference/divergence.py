@@ -48,10 +48,10 @@ def answers(
 
 def mean_gates(mixture: Mixture, spoken: Sequence[Answer]) -> np.ndarray:
     """Mean gates [L, E] with which the answers' tokens were predicted."""
-    width, total, count = _width(spoken), 0.0, 0
+    width, total, count = _width(spoken), np.zeros(()), 0
     for answer in track(spoken, total=len(spoken), description="mean gates"):
         _, gates_LME = _predictions(*mixture, *_row(answer, width))
-        total += to_host(gates_LME)[:, : len(answer.response)].sum(axis=1, dtype=np.float64)
+        total = total + to_host(gates_LME)[:, : len(answer.response)].sum(axis=1, dtype=np.float64)
         count += len(answer.response)
     return total / count
 

@@ -1,6 +1,7 @@
 """In which types a model computes: activations in the compute type, sums in float32 at least."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,11 @@ def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=_sum_type(x))
 
 
-def _forward(equation, x, y):
+def _forward(equation: str, x: Any, y: Any) -> Any:
     return contract(equation, x, y), (x, y)
 
 
-def _backward(equation, operands, cotangent):
+def _backward(equation: str, operands: Any, cotangent: Any) -> Any:
     x, y = operands
     left, right = equation.split("->")[0].split(",")
     out = equation.split("->")[1]

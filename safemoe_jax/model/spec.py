@@ -48,7 +48,7 @@ class Family:
     spaces: Literal["prepended", "kept"] = "prepended"
 
 
-_GEMMA = dict(
+_GEMMA: dict[str, Any] = dict(
     activation="gelu",
     post_norms=True,
     zero_centered_norms=True,

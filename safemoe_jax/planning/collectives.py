@@ -69,7 +69,7 @@ def _sent(kind: str, one: Instruction, members: int) -> float:
 def _groups_of(one: Instruction, num_devices: int) -> np.ndarray:
     if one.opcode.startswith("collective-permute"):
         pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", one.rest)
-        found = np.array(re.findall(r"\{(\d+),(\d+)\}", pairs[1]), int).reshape(-1, 2)
+        found = np.array(re.findall(r"\{(\d+),(\d+)\}", pairs[1]), np.int64).reshape(-1, 2)
         return found[found[:, 0] != found[:, 1]] if len(found) else np.empty((0, 0), int)
     match = re.search(r"replica_groups=(.*)", one.rest)
     return replica_groups(match[1] if match else "{}", num_devices)

@@ -148,7 +148,9 @@ class Program:
         steps = [_constant(stepped[name], stepped) for name in following.operands]
         start, stop = _constant(first, around), _constant(limit, tested)
         step = next((one for one in steps if one), None)
-        return None if None in (start, stop, step) else -(-(stop - start) // step)
+        if start is None or stop is None or step is None:
+            return None
+        return -(-(stop - start) // step)
 
     def instructions(self) -> Iterator[tuple[str, Computation, Instruction]]:
         for name, computation in self.computations.items():

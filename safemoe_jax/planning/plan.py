@@ -13,29 +13,29 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from safemoe_jax.config import Config
 from safemoe_jax.data.pipeline import empty_tokens
 from safemoe_jax.errors import UserError
-from safemoe_jax.experiment import check_layout, collection_shapes, num_params, state_shapes
+from safemoe_jax.experiment import check_layout, collection_shapes, state_shapes
 from safemoe_jax.inference.engine import bucket, decode_step, prefill, rows_together
 from safemoe_jax.model.attention import splash_block
+from safemoe_jax.model.flops import MultiplyAdds, num_params
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import CACHE_AXES, Transformer
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import batch_shardings, shardings, whole_rows, with_shardings
-from safemoe_jax.planning.chips import Topology
 from safemoe_jax.planning.collectives import collectives
 from safemoe_jax.planning.counts import Kernel, flops, hbm_bytes, kernels
 from safemoe_jax.planning.hlo import Program
+from safemoe_jax.planning.topologies import Topology
 from safemoe_jax.progress import console
 from safemoe_jax.stages import jitted_step
 from safemoe_jax.training.losses import num_chunks
@@ -206,7 +206,7 @@ def plan(
 def _train_job(
     name: str, config: Config, mesh: Mesh, model: Transformer, shapes: dict[str, Any]
 ) -> Job:
-    stage = {"train-experts": "experts", "train-gate": "router"}[name]
+    stage: Literal["experts", "router"] = "experts" if name == "train-experts" else "router"
     step = {"experts": expert_train_step, "router": gate_train_step}[stage]
     frozen = {"experts": ("params",), "router": ("params", "experts")}[stage]
     train, length = getattr(config.train, stage), config.data.sequence_length
@@ -214,14 +214,9 @@ def _train_job(
     batch = empty_tokens((rows, length)) | {"expert_ids_B": np.zeros(rows, np.int32)}
     tx = make_optimizer(getattr(config.optimizer, stage), train.steps)
     state = state_shapes(mesh, model, stage, tx)
-    count = _Count.of(model, shapes)
+    count = MultiplyAdds.of(model, shapes)
     with jax.set_mesh(mesh):
         chunks = num_chunks(rows // train.accumulation, length, model.spec.vocab_size)
-    # A frozen weight costs a matmul forward and one backward; what is trained, one more.
-    if stage == "experts":
-        per_token = 2 * count.matmuls + 3 * count.expert
-    else:
-        per_token = 2 * (count.matmuls + count.experts) + 3 * count.router
     return Job(
         name=name,
         function=jitted_step(step, model, tx, train.accumulation, state),
@@ -240,7 +235,7 @@ def _train_job(
         },
         rows=rows,
         tokens=rows * length,
-        useful_flops=2 * rows * length * (per_token + 3 * count.attention(length)),
+        useful_flops=count.train_step(stage, rows, length),
         loss_chunks=chunks,
     )
 
@@ -265,7 +260,7 @@ def _answer_job(
     tokens = with_shardings(tokens, batch_shardings(mesh, tokens))
     cache = jax.eval_shape(lambda: model.empty_cache(slots, room))
     cache = with_shardings(cache, shardings(mesh, CACHE_AXES))
-    count = _Count.of(model, shapes)
+    count = MultiplyAdds.of(model, shapes)
 
     if name == "prefill":
         rows = together
@@ -314,45 +309,8 @@ _JOBS: dict[str, Callable[..., Job]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Count:
-    """Multiply-adds of a forward pass, for each token."""
-
-    layers: int
-    head: int
-    expert: int
-    experts: int
-    router: int
-    attention_width: int
-
-    @classmethod
-    def of(cls, model: Transformer, shapes: dict[str, Any]) -> "_Count":
-        layers = shapes["params"]["layers"]
-        kernels = [
-            num_params(leaf) for path, leaf in flatten_dict(layers).items() if path[-1] == "kernel"
-        ]
-        spec = model.spec
-        shared = spec.num_layers if model.router.scope == "shared" else 1
-        return cls(
-            layers=sum(kernels),
-            head=spec.vocab_size * spec.embed_dim,
-            expert=num_params(shapes["experts"]) // model.num_experts,
-            experts=num_params(shapes["experts"]),
-            router=num_params(shapes["router"]) * shared,
-            attention_width=spec.num_layers * spec.num_heads * spec.head_dim,
-        )
-
-    @property
-    def matmuls(self) -> int:
-        return self.layers + self.head
-
-    def attention(self, length: int) -> int:
-        """Scores and values of one token among a row's earlier ones, half of them on average."""
-        return length * self.attention_width
-
-
 def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
-    share = {"useful_flops": job.useful_flops / mesh.size}
+    share: dict[str, Any] = {"useful_flops": job.useful_flops / mesh.size}
     held = _held(job)
     if (needed := sum(held.values())) > topology.room:  # its arguments alone are too much
         return Figures(job.name, job.rows, job.tokens, False, held, needed, **share)

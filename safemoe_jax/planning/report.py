@@ -218,7 +218,7 @@ def show_search(candidates: Sequence[Candidate]) -> None:
     table.add_column("HBM, GiB", justify="right")
     table.add_column("changes", overflow="fold")
     for one in candidates:
-        if one.hours is not None:
+        if one.plan is not None and one.hours is not None:
             needed = max(figures.needed for figures in one.plan.figures)
             table.add_row(f"{one.hours:.3g}", gib(needed), one.label)
     console.print(table)

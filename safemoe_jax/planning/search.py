@@ -14,8 +14,8 @@ from safemoe_jax.config import Config, MeshConfig
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.parallel.mesh import AXES
-from safemoe_jax.planning.chips import Topology
 from safemoe_jax.planning.plan import Figures, Plan, plan
+from safemoe_jax.planning.topologies import Topology
 from safemoe_jax.progress import console
 
 TRAINING = {"train-experts": "experts", "train-gate": "router"}

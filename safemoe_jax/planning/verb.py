@@ -7,7 +7,7 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.planning import plan as planning
 from safemoe_jax.planning import report
 from safemoe_jax.planning import search as searching
-from safemoe_jax.planning.chips import get_topology
+from safemoe_jax.planning.topologies import get_topology
 from safemoe_jax.weights.base import read_spec
 from safemoe_jax.workdir import write_json
 

@@ -24,12 +24,14 @@ class Door:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         headers = dict(scope["headers"])
         refused = self._refused(headers, scope["path"])
         if refused:
-            return await error_response(refused)(scope, receive, send)
-        return await self._app(scope, self._limited(receive), send)
+            await error_response(refused)(scope, receive, send)
+            return
+        await self._app(scope, self._limited(receive), send)
 
     def _refused(self, headers: dict[bytes, bytes], path: str) -> Refused | None:
         host = headers.get(b"host", b"").decode("latin-1")

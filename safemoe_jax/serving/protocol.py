@@ -174,7 +174,7 @@ class CompletionBody(_Body):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
-        return list(self.prompt)
+        return [one for one in self.prompt if not isinstance(one, int)]
 
 
 class Answers:
@@ -188,7 +188,9 @@ class Answers:
             "model": model,
         }
 
-    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int]) -> dict:
+    def whole(
+        self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int]
+    ) -> dict[str, Any]:
         """Args: choices as `choice` gives them, in order, and the count of tokens."""
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": list(choices), "usage": usage}

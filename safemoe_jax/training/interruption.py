@@ -72,7 +72,7 @@ def interruption_noted(mesh: Mesh) -> Iterator[Interruption]:
 
     def note(number: int, frame: FrameType | None) -> None:
         interruption.note()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in SIGNALS:
         signal.signal(number, note)

@@ -100,8 +100,8 @@ def gate_train_step(
       accumulation: microbatches that the rows are cut into.
 
     Returns:
-      The new state, and loss [nats per token], tokens, gradient_norm, gates_E: the mean gate of
-      each expert over tokens and layers.
+      The new state, and loss [nats per token], tokens, gradient_norm, and of each expert's gate
+      over tokens and layers the mean, gates_E, and the standard deviation, gates_std_E.
     """
     tokens = batch["loss_mask_BT"].sum()
     places = (batch["segment_ids_BT"] > 0).sum()
@@ -110,10 +110,13 @@ def gate_train_step(
         nll_BT, gates_LBTE = batch_nll(model, {**frozen, "router": router}, rows, Routed())
         loss = nll_BT.sum() / jnp.maximum(tokens, 1)
         used_BT = rows["segment_ids_BT"] > 0
-        gates_E = jnp.einsum("LBTE,BT->E", gates_LBTE, used_BT) / (places * gates_LBTE.shape[0])
-        return loss, (loss, gates_E)
+        gates_E, squares_E = (
+            jnp.einsum("LBTE,BT->E", x_LBTE, used_BT) / (places * gates_LBTE.shape[0])
+            for x_LBTE in (gates_LBTE, gates_LBTE**2)
+        )
+        return loss, (loss, gates_E, squares_E)
 
-    gradient, (loss, gates_E) = _accumulate(
+    gradient, (loss, gates_E, squares_E) = _accumulate(
         jax.grad(loss_fn, has_aux=True), state.trainable, batch, accumulation
     )
     updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
@@ -123,6 +126,7 @@ def gate_train_step(
         "tokens": tokens,
         "gradient_norm": optax.tree.norm(gradient),
         "gates": gates_E,
+        "gates_std": jnp.sqrt(jnp.maximum(squares_E - gates_E**2, 0)),
     }
     return state.replace(step=state.step + 1, trainable=router, opt_state=opt_state), metrics
 

@@ -177,7 +177,7 @@ def _unigram(metadata: Mapping[str, Any], spec: ModelSpec) -> Tokenizer:
     backend = Tokenizer(models.Unigram(vocabulary, unknown, byte_fallback=False))
     if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
         backend.normalizer = normalizers.Precompiled(bytes(charsmap))
-    spaces = dict(replacement=_SPACE, prepend_scheme="always", split=True)
+    spaces: dict[str, Any] = dict(replacement=_SPACE, prepend_scheme="always", split=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
     )

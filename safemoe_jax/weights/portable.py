@@ -45,7 +45,7 @@ def write_portable(directory: Path, bundle: Bundle, base: BaseModel, ends: Seque
         projections(bundle.experts, index, config.experts, spec)
         for index in range(len(config.data.domains))
     ]
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for module in each[0]:
         a_ERD, b_EOR = (np.stack(leaf) for leaf in zip(*(own[module] for own in each), strict=True))
         tensors |= {f"{module}.lora_A": a_ERD, f"{module}.lora_B": b_EOR}

@@ -15,10 +15,10 @@ from safemoe_jax.config import MeshConfig, freeze
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.planning import plan as planning
-from safemoe_jax.planning.chips import Topology, get_topology
 from safemoe_jax.planning.counts import Kernel, flops
 from safemoe_jax.planning.hlo import Array, Program
 from safemoe_jax.planning.search import search
+from safemoe_jax.planning.topologies import Topology, get_topology
 
 from .conftest import needs_compiler
 

@@ -19,7 +19,7 @@ from toys import leaves_equal
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.training import interruption as interruption_module
 from safemoe_jax.training.interruption import SIGNALS, Interrupted, interruption_noted
-from safemoe_jax.training.loop import Diverged
+from safemoe_jax.training.observer import Diverged
 
 MESH = make_mesh(toy_run.ONE)
 

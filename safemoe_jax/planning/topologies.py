@@ -1,8 +1,4 @@
-"""TPU chips by their public figures, and the topologies that JAX's compiler knows without a chip.
-
-Figures: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in November 2026; v4's links:
-Jouppi et al., "TPU v4", arXiv 2304.01433, table 4. They are the maker's, not measured here.
-"""
+"""The TPU topologies that JAX's compiler knows without a chip."""
 
 import dataclasses
 import importlib.metadata
@@ -16,39 +12,8 @@ import numpy as np
 from jax.experimental import topologies
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.parallel.chips import CHIPS, Chip
 from safemoe_jax.parallel.hosts import use_compiler_alone
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip can do at most.
-
-    Attributes:
-      flops: bfloat16 matmul FLOP/s.
-      hbm_bytes: memory.
-      hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one inter-chip link in one direction.
-      dimensions: of the torus; a chip has two links along each.
-      pod: chips of the largest slice.
-    """
-
-    flops: float
-    hbm_bytes: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    dimensions: int
-    pod: int
-
-
-GB, GIB = 1e9, 2**30  # memories are sold as GB, and are GiB
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1200 * GB, 50 * GB, 3, 4096),
-    "v5e": Chip(197e12, 16 * GIB, 819 * GB, 50 * GB, 2, 256),
-    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6144),
-    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 256),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 9216),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +96,8 @@ def _default_shape(name: str) -> str:
     """CHIP:SHAPE of an accelerator type with a power of two of chips; any other name as it is.
 
     As near to a square or cube as it goes, the longest axis last; on one host of a chip with
-    three axes, 2x2x1. Source: the pages that `CHIPS` names.
+    three axes, 2x2x1. Source: the pages that `parallel.chips`
+    names.
     """
     match = re.fullmatch(r"(v4|v5litepod|v5p|v6e)-(\d+)", name)
     if not match:
