@@ -124,7 +124,9 @@ def stage_one(
         streams=packed.streams,
         domains=packed.streams,
     )
-    return _train(experiment, stage, state, schedule, made_of or {})
+    return _train(
+        experiment, stage, state, schedule, {**(made_of or {}), "text": packed.fingerprint}
+    )
 
 
 def stage_two(
@@ -156,7 +158,7 @@ def stage_two(
         streams=("all",),
         domains=tuple(domains),
     )
-    return _train(experiment, stage, state, schedule, made_of)
+    return _train(experiment, stage, state, schedule, {**made_of, "text": packed.fingerprint})
 
 
 def safe_text(experiment: Experiment, left_out: str = "") -> Text:
@@ -212,10 +214,11 @@ def _train(
     schedule: TrainConfig,
     made_of: Mapping[str, str],
 ) -> Best:
+    spec = repr(experiment.base.spec)  # its config.json may change though its weights do not
     checkpoints = Checkpoints(
         experiment.workdir.checkpoints(place(stage.name)),
         keep=schedule.keep,
-        identity={**experiment.identity, **made_of},
+        identity={**experiment.identity, **made_of, "spec": spec},
     )
     try:
         return train(

@@ -12,8 +12,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,22 +156,60 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
         builder = kind(**settings)
         prepared = builder.is_prepared()
     if not prepared:
-        builder.survey = _survey(source, config, data_dir / "rejects.jsonl")
-        with _quiet():
-            try:
-                builder.download_and_prepare(file_format="array_record")
-            except OSError:
-                builder = kind(**settings)
-                if not builder.is_prepared():  # else another host has built the same meanwhile
-                    raise
-    examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
+        builder = _built(builder, lambda: kind(**settings), source, config)
+    counts = dict(builder.info.metadata)
     return Corpus(
-        examples=tuple(sorted(examples, key=lambda example: example.id)),
-        counts=dict(builder.info.metadata),
+        examples=_examples(builder, counts),
+        counts=counts,
         fingerprint=fingerprint,
         domains=config.domains,
         source=source,
     )
+
+
+def _built(
+    builder: "_CorpusBuilder",
+    again: Callable[[], "_CorpusBuilder"],
+    source: Source,
+    config: DataConfig,
+) -> "_CorpusBuilder":
+    """Writes the kept rows of a source that stays as it is for as long as it is read."""
+    place = Path(builder.data_path)
+    changed = UserError(
+        f"the corpus {config.path or config.corpus!r} changed while it was read; run the same "
+        "command again once it is whole"
+    )
+    try:
+        builder.survey = _survey(source, config, place.parents[2] / "rejects.jsonl")
+        with _quiet():
+            try:
+                builder.download_and_prepare(file_format="array_record")
+            except OSError:
+                builder = again()
+                if not builder.is_prepared():  # else another host has built the same meanwhile
+                    raise
+        same = _source(config).sha256 == source.sha256
+    except FileNotFoundError as error:
+        raise changed from error
+    if not same:
+        shutil.rmtree(place)
+        raise changed
+    return builder
+
+
+def _examples(builder: "_CorpusBuilder", counts: dict[str, Any]) -> tuple[Example, ...]:
+    """The stored rows, in the order of their ids."""
+    try:
+        examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
+        if len(examples) != counts["kept"]:
+            raise ValueError(f"{len(examples)} rows of {counts['kept']}")
+    # What TFDS and ArrayRecord raise where files are not as they were written.
+    except (ValueError, KeyError, TypeError, IndexError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{builder.data_path} is damaged ({type(error).__name__} in reading it); delete it, "
+            "and the same command makes it again"
+        ) from error
+    return tuple(sorted(examples, key=lambda example: example.id))
 
 
 def _source(config: DataConfig) -> Source:

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per logged step, appended as training goes."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ class MetricsWriter:
         self._path, self._stage = path, stage
         if not is_first():
             return
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept = [row for row in rows if not self._is_stale(row, from_step)]
         if len(kept) < len(rows):
-            path.write_text("".join(kept))
+            scratch = path.with_name(f".{path.name}.new")
+            scratch.write_text("".join(kept))
+            os.replace(scratch, path)  # a kill in between loses no row
 
     def write(self, step: int, split: str, **values: Any) -> None:
         """Adds a row.
@@ -38,6 +41,7 @@ class MetricsWriter:
     def _is_stale(self, line: str, from_step: int) -> bool:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            return True  # cut short by a kill
-        return row["stage"] == self._stage and row["step"] > from_step
+            stale = row["stage"] == self._stage and row["step"] > from_step
+        except (ValueError, TypeError, KeyError):
+            return True  # cut short by a kill or a full disk
+        return stale or not line.endswith("\n")

@@ -50,7 +50,9 @@ def _campaign(arguments: argparse.Namespace, path: Path) -> int:
     from home import Home
     from trials import FAULTS
 
-    names = arguments.only or [name for name in FAULTS if os.geteuid() == 0 or name not in _NEED_ROOT]
+    names = arguments.only or [
+        name for name in FAULTS if os.geteuid() == 0 or name not in _NEED_ROOT
+    ]
     home = Home(arguments.directory.resolve() / "home")
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     seen = {(row["seed"], row["trial"], row["fault"]) for row in done}
@@ -103,7 +105,10 @@ def _write_table(rows: list[dict]) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from trials import FAULTS
 
-    lines = ["| fault | trials | identical | after a message | failed |", "| --- " + "| ---: " * 4 + "|"]
+    lines = [
+        "| fault | trials | identical | after a message | failed |",
+        "| --- " + "| ---: " * 4 + "|",
+    ]
     total = [0, 0, 0, 0]
     for name, (title, _) in FAULTS.items():
         results = [row["result"] for row in rows if row["fault"] == name]
