@@ -8,6 +8,7 @@ source, the settings and the rules: TFDS would otherwise serve old rows for a ch
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -151,15 +152,20 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
     fingerprint = _fingerprint(config, source)
     data_dir.mkdir(parents=True, exist_ok=True)
     data_dir.chmod(0o700)
-    kind, settings = _BUILDERS[config.corpus], dict(data_dir=data_dir, config=_config(fingerprint))
-    with _quiet():
-        builder = kind(**settings)
+    kind = _BUILDERS[config.corpus]
+    make = functools.partial(kind, data_dir=data_dir, config=_config(fingerprint))
+    with _damage_told(data_dir / kind.name / fingerprint), _quiet():
+        builder = make()
         prepared = builder.is_prepared()
     if not prepared:
-        builder = _built(builder, lambda: kind(**settings), source, config)
-    counts = dict(builder.info.metadata)
+        builder = _built(make, source, config, data_dir / "rejects.jsonl")
+    with _damage_told(data_dir / kind.name / fingerprint):
+        counts = dict(builder.info.metadata)
+        examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
+        if len(examples) != counts["kept"]:
+            raise ValueError(f"{len(examples)} rows of {counts['kept']}")
     return Corpus(
-        examples=_examples(builder, counts),
+        examples=tuple(sorted(examples, key=lambda example: example.id)),
         counts=counts,
         fingerprint=fingerprint,
         domains=config.domains,
@@ -168,48 +174,43 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
 
 
 def _built(
-    builder: "_CorpusBuilder",
-    again: Callable[[], "_CorpusBuilder"],
-    source: Source,
-    config: DataConfig,
+    make: Callable[[], "_CorpusBuilder"], source: Source, config: DataConfig, rejects: Path
 ) -> "_CorpusBuilder":
     """Writes the kept rows of a source that stays as it is for as long as it is read."""
-    place = Path(builder.data_path)
     changed = UserError(
         f"the corpus {config.path or config.corpus!r} changed while it was read; run the same "
         "command again once it is whole"
     )
     try:
-        builder.survey = _survey(source, config, place.parents[2] / "rejects.jsonl")
+        survey = _survey(source, config, rejects)
         with _quiet():
+            builder = make()
+            builder.survey = survey
             try:
                 builder.download_and_prepare(file_format="array_record")
             except OSError:
-                builder = again()
+                builder = make()
                 if not builder.is_prepared():  # else another host has built the same meanwhile
                     raise
         same = _source(config).sha256 == source.sha256
     except FileNotFoundError as error:
         raise changed from error
     if not same:
-        shutil.rmtree(place)
+        shutil.rmtree(builder.data_path)
         raise changed
     return builder
 
 
-def _examples(builder: "_CorpusBuilder", counts: dict[str, Any]) -> tuple[Example, ...]:
-    """The stored rows, in the order of their ids."""
+@contextlib.contextmanager
+def _damage_told(place: Path) -> Iterator[None]:
+    """Names what TFDS and ArrayRecord cannot read as they wrote it."""
     try:
-        examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
-        if len(examples) != counts["kept"]:
-            raise ValueError(f"{len(examples)} rows of {counts['kept']}")
-    # What TFDS and ArrayRecord raise where files are not as they were written.
-    except (ValueError, KeyError, TypeError, IndexError, OSError, RuntimeError) as error:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{builder.data_path} is damaged ({type(error).__name__} in reading it); delete it, "
-            "and the same command makes it again"
+            f"{place} is damaged ({type(error).__name__} in reading it); delete it, and the same "
+            "command makes it again"
         ) from error
-    return tuple(sorted(examples, key=lambda example: example.id))
 
 
 def _source(config: DataConfig) -> Source:

@@ -61,7 +61,11 @@ class Loops:
         self._frozen = {
             "experts": frozen,
             "router": frozen
-            | {"experts": jax.device_put(variables["experts"], shardings(self._mesh, boxed["experts"]))},
+            | {
+                "experts": jax.device_put(
+                    variables["experts"], shardings(self._mesh, boxed["experts"])
+                )
+            },
         }
         state = jax.eval_shape(lambda: init_router_state(variables["router"], tx))
         placed = state_shardings(self._mesh, boxed["router"], state, tx)
@@ -229,9 +233,7 @@ _hooks: list[Callable[[], None]] = []
 
 
 def _audit(event: str, arguments: tuple) -> None:
-    if _hooks and (
-        event in _CHANGES or (event == "open" and (arguments[2] or 0) & _WRITING)
-    ):
+    if _hooks and (event in _CHANGES or (event == "open" and (arguments[2] or 0) & _WRITING)):
         _hooks[-1]()
 
 
@@ -407,3 +409,4 @@ FAULTS: dict[str, tuple[str, Callable[[LoopTrial], None]]] = {
     "read_only": ("SIGKILL, and a file system that is read-only for a while", read_only),
     "jumping_clock": ("SIGKILL, and the clock jumps", jumping_clock),
 }
+MOUNT = ("full_disk", "read_only")  # these need root

@@ -419,3 +419,4 @@ FAULTS: dict[str, tuple[str, Callable[[Trial], None]]] = {
     "jumping_clock": ("clock jumps, files of other dates", jumping_clock),
     "two_runs": ("two runs in one work directory", two_runs),
 }
+MOUNT = ("full_disk", "read_only_disk")  # these need root
