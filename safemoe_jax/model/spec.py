@@ -167,7 +167,7 @@ class ModelSpec:
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises TypeError, naming the field: what a spec is made of may come from a damaged file."""
+        """Raises TypeError, naming the field: a damaged file may say anything."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
