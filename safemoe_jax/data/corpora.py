@@ -192,13 +192,21 @@ def _built(
                 builder = make()
                 if not builder.is_prepared():  # else another host has built the same meanwhile
                     raise
-        same = _source(config).sha256 == source.sha256
-    except FileNotFoundError as error:
+    except (OSError, LookupError) as error:
+        if _is_as_it_was(source, config):
+            raise
         raise changed from error
-    if not same:
+    if not _is_as_it_was(source, config):
         shutil.rmtree(builder.data_path)
         raise changed
     return builder
+
+
+def _is_as_it_was(source: Source, config: DataConfig) -> bool:
+    try:
+        return _source(config).sha256 == source.sha256
+    except (UserError, OSError):
+        return False
 
 
 @contextlib.contextmanager
@@ -206,7 +214,7 @@ def _damage_told(place: Path) -> Iterator[None]:
     """Names what TFDS and ArrayRecord cannot read as they wrote it."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of TFDS, protobuf, ArrayRecord and json: they have no common class
         raise UserError(
             f"{place} is damaged ({type(error).__name__} in reading it); delete it, and the same "
             "command makes it again"

@@ -163,7 +163,7 @@ def test_a_changed_source_or_setting_is_built_anew(tmp_path):
 @pytest.mark.parametrize("how", ["more", "gone"])
 def test_a_source_that_changes_while_it_is_read_is_no_corpus(tmp_path, monkeypatch, how):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(line(f"one word {i}") for i in range(5)))
+    path.write_text("\n".join(line(f"one word {i}") for i in range(5)))
     survey = corpora._survey
 
     def then(*arguments):
@@ -175,14 +175,14 @@ def test_a_source_that_changes_while_it_is_read_is_no_corpus(tmp_path, monkeypat
     with pytest.raises(UserError, match="changed while it was read; run the same command again"):
         load_corpus(config("jsonl", path, ("apples",)), tmp_path / "data")
     monkeypatch.undo()
-    path.write_text("".join(line(f"one word {i}") for i in range(5)))
+    path.write_text("\n".join(line(f"one word {i}") for i in range(5)))
     assert len(load_corpus(config("jsonl", path, ("apples",)), tmp_path / "data").examples) == 5
 
 
 @pytest.mark.parametrize("name", ["*.array_record*", "dataset_info.json", "metadata.json"])
 def test_a_stored_corpus_that_is_damaged_is_named(tmp_path, name):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(line(f"one word {i}") for i in range(5)))
+    path.write_text("\n".join(line(f"one word {i}") for i in range(5)))
     settings = config("jsonl", path, ("apples",))
     load_corpus(settings, tmp_path / "data")
     (file,) = (tmp_path / "data").rglob(name)

@@ -81,9 +81,12 @@ def _can_mount(directory: Path) -> bool:
     """Containers' root may not."""
     place = directory / "mount"
     place.mkdir(exist_ok=True)
-    mounted = os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True
-    ).returncode
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True
+        ).returncode
+    )
     if mounted:
         subprocess.run(["umount", place], check=True)
     return mounted
