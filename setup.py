@@ -62,6 +62,7 @@ setup(
             # The TPU's compiler, for safemoe plan; no TPU is needed.
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8",
+            "hypothesis>=6.140",
             "openai>=2",  # the server's tests speak to it as its users do
             "pytest-cov>=7",
             "ruff>=0.12",

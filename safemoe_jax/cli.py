@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
-    from safemoe_jax.errors import UserError
+    from safemoe_jax.errors import UserError, refused_by_the_machine
     from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
@@ -80,6 +80,10 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         return _say(error, EXIT_FAILED)
     except Interrupted as error:
         return _say(error, EXIT_INTERRUPTED)
+    except Exception as error:
+        if (message := refused_by_the_machine(error)) is None:
+            raise  # a fault of this package keeps its traceback
+        return _say(message, EXIT_FAILED)
     return 0
 
 

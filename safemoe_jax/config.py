@@ -5,6 +5,7 @@ value of the wrong type, is a `UserError` that names the key.
 """
 
 import dataclasses
+import sys
 import typing
 from typing import Any, Literal
 
@@ -268,7 +269,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{path} is {value!r}; it must be a tuple")
         return tuple(_value(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:
+            raise UserError(f"{path} is not finite; give it a number")
         return float(value)
     if type(value) is not hint:
         kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]

@@ -1,5 +1,6 @@
 """Files from outside: what is fetched once, checked, and kept in the cache directory."""
 
+import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -29,12 +30,17 @@ def cache_dir() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, hex; remembered by path, size and mtime, so that GBs are read once."""
+    """sha256 of a file, hex; remembered, so that GBs are read once.
+
+    That is by path, inode, size, mtime and ctime: whoever changes a file can date it back, but not
+    its ctime.
+    """
     path = path.resolve()
     status = path.stat()
-    key = hashlib.sha256(f"{path}\n{status.st_size}\n{status.st_mtime_ns}".encode()).hexdigest()
+    known = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    key = hashlib.sha256(f"{path}\n{known}".encode()).hexdigest()
     record = cache_dir() / "sha256" / key
-    if record.exists():
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         return json.loads(record.read_text())["sha256"]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

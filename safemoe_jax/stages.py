@@ -128,7 +128,8 @@ def stage_one(
     )
     work = _work(experiment, model, "experts", rows)
     observer = _observer(experiment, name, packed.streams, packed.streams, work)
-    return _train(experiment, stage, state, schedule, observer, made_of or {})
+    made_of = {**(made_of or {}), "text": packed.fingerprint}
+    return _train(experiment, stage, state, schedule, observer, made_of)
 
 
 def stage_two(
@@ -160,6 +161,7 @@ def stage_two(
     )
     work = _work(experiment, model, "router", schedule.rows)
     observer = _observer(experiment, name, ("all",), domains, work)
+    made_of = {**made_of, "text": packed.fingerprint}
     return _train(experiment, stage, state, schedule, observer, made_of)
 
 
@@ -255,10 +257,11 @@ def _train(
     observer: Observer,
     made_of: Mapping[str, str],
 ) -> Best:
+    spec = repr(experiment.base.spec)  # its config.json may change though its weights do not
     checkpoints = Checkpoints(
         experiment.workdir.checkpoints(place(stage.name)),
         keep=schedule.keep,
-        identity={**experiment.identity, **made_of},
+        identity={**experiment.identity, **made_of, "spec": spec},
     )
     try:
         return train(

@@ -182,12 +182,7 @@ class Workdir:
         values = json.loads(json.dumps(to_dict(self._config)))
         path = self.root / "config.json"
         if path.exists():
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(
-                    f"{path} is not JSON ({error}); give another --workdir, or delete it"
-                ) from error
+            stored = _read_object(path)
             for key, old, new in _differences(stored, values, "config"):
                 if key.split(".")[1] not in _FREE:
                     raise UserError(
@@ -200,8 +195,22 @@ class Workdir:
     def _note_command(self) -> None:
         """run.json tells of every command that worked here, the newest last."""
         path = self.root / "run.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_json(path, {"commands": [*before.get("commands", []), _environment()]})
+        before = _read_object(path).get("commands", []) if path.exists() else []
+        if not isinstance(before, list):
+            raise UserError(f"{path} is damaged (commands is {before!r}); delete it")
+        write_json(path, {"commands": [*before, _environment()]})
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # a UnicodeDecodeError is one
+        raise UserError(
+            f"{path} is not JSON ({error}); give another --workdir, or delete it"
+        ) from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds no JSON object; give another --workdir, or delete it")
+    return stored
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,6 +1,7 @@
 """Fetching, with a local directory of wheels in place of the package index."""
 
 import hashlib
+import os
 import zipfile
 
 import pytest
@@ -118,3 +119,17 @@ def test_an_address_that_serves_other_bytes_or_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="not the pinned 0000"):
         Url(served.as_uri(), "0" * 64).fetch()
     assert not list((cache_dir() / "urls").rglob("rows.csv"))
+
+
+def test_a_file_that_was_changed_and_dated_back_has_another_digest(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"one")
+    status = path.stat()
+    assert file_sha256(path) == file_sha256(path) == sha256(b"one")
+    path.write_bytes(b"two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file_sha256(path) == sha256(b"two")
+    for record in (tmp_path / "cache" / "sha256").iterdir():
+        record.write_text("{")  # as a full disk may leave it
+    assert file_sha256(path) == sha256(b"two")

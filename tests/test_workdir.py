@@ -155,3 +155,12 @@ def test_json_is_replaced_whole(tmp_path):
     write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])
+def test_a_damaged_file_of_the_directory_is_named(tmp_path, name, content):
+    visit(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{tmp_path / name} .*; .* delete it"):
+        visit(tmp_path)

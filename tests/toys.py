@@ -152,6 +152,7 @@ def toy_corpus(streams: Sequence[str], per_stream: int, length: int, seed: int =
         example_ids=100 + np.arange(len(items), dtype=np.int32),
         plan=plan(lengths, np.array(stream_ids), length, seed),
         counts={"examples": len(items)},
+        fingerprint="toy",
     )
 
 

@@ -8,12 +8,14 @@ source, the settings and the rules: TFDS would otherwise serve old rows for a ch
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,27 +152,73 @@ def load_corpus(config: DataConfig, data_dir: Path) -> Corpus:
     fingerprint = _fingerprint(config, source)
     data_dir.mkdir(parents=True, exist_ok=True)
     data_dir.chmod(0o700)
-    kind, settings = _BUILDERS[config.corpus], dict(data_dir=data_dir, config=_config(fingerprint))
-    with _quiet():
-        builder = kind(**settings)
+    kind = _BUILDERS[config.corpus]
+    make = functools.partial(kind, data_dir=data_dir, config=_config(fingerprint))
+    with _damage_told(data_dir / kind.name / fingerprint), _quiet():
+        builder = make()
         prepared = builder.is_prepared()
     if not prepared:
-        builder.survey = _survey(source, config, data_dir / "rejects.jsonl")
-        with _quiet():
-            try:
-                builder.download_and_prepare(file_format="array_record")
-            except OSError:
-                builder = kind(**settings)
-                if not builder.is_prepared():  # else another host has built the same meanwhile
-                    raise
-    examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
+        builder = _built(make, source, config, data_dir / "rejects.jsonl")
+    with _damage_told(data_dir / kind.name / fingerprint):
+        counts = dict(builder.info.metadata)
+        examples = [_example(row) for row in builder.as_data_source(split=_ROWS)]
+        if len(examples) != counts["kept"]:
+            raise ValueError(f"{len(examples)} rows of {counts['kept']}")
     return Corpus(
         examples=tuple(sorted(examples, key=lambda example: example.id)),
-        counts=dict(builder.info.metadata),
+        counts=counts,
         fingerprint=fingerprint,
         domains=config.domains,
         source=source,
     )
+
+
+def _built(
+    make: Callable[[], "_CorpusBuilder"], source: Source, config: DataConfig, rejects: Path
+) -> "_CorpusBuilder":
+    """Writes the kept rows of a source that stays as it is for as long as it is read."""
+    changed = UserError(
+        f"the corpus {config.path or config.corpus!r} changed while it was read; run the same "
+        "command again once it is whole"
+    )
+    try:
+        survey = _survey(source, config, rejects)
+        with _quiet():
+            builder = make()
+            builder.survey = survey
+            try:
+                builder.download_and_prepare(file_format="array_record")
+            except OSError:
+                builder = make()
+                if not builder.is_prepared():  # else another host has built the same meanwhile
+                    raise
+    except (OSError, LookupError) as error:
+        if _is_as_it_was(source, config):
+            raise
+        raise changed from error
+    if not _is_as_it_was(source, config):
+        shutil.rmtree(builder.data_path)
+        raise changed
+    return builder
+
+
+def _is_as_it_was(source: Source, config: DataConfig) -> bool:
+    try:
+        return _source(config).sha256 == source.sha256
+    except (UserError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def _damage_told(place: Path) -> Iterator[None]:
+    """Names what TFDS and ArrayRecord cannot read as they wrote it."""
+    try:
+        yield
+    except Exception as error:  # of TFDS, protobuf, ArrayRecord and json: they have no common class
+        raise UserError(
+            f"{place} is damaged ({type(error).__name__} in reading it); delete it, and the same "
+            "command makes it again"
+        ) from error
 
 
 def _source(config: DataConfig) -> Source:

@@ -32,11 +32,13 @@ from safemoe_jax.data.corpora import Example
 from safemoe_jax.data.packing import PackingPlan, plan
 from safemoe_jax.errors import UserError
 from safemoe_jax.progress import track
+from safemoe_jax.weights.artefact import file_digest
 
 Batch = dict[str, np.ndarray]
 
-_FORMAT = 1  # raise it when what is stored for the same examples changes
+_FORMAT = 2  # raise it when what is stored for the same examples changes
 _ENCODED_AT_ONCE = 256
+_DIGESTS = "sha256.json"  # of the other files of a packed corpus
 _ENDLESS = 2**62
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # counted in batches
 
@@ -61,6 +63,7 @@ class PackedCorpus:
       example_ids: int32 [examples].
       plan: which examples share a row.
       counts: examples, and how many lost a part of the response or of the prompt to fit a row.
+      fingerprint: of the examples, the tokenizer, the row's length and the seed.
     """
 
     streams: tuple[str, ...]
@@ -71,6 +74,7 @@ class PackedCorpus:
     example_ids: np.ndarray
     plan: PackingPlan
     counts: dict[str, int]
+    fingerprint: str
 
     @property
     def num_streams(self) -> int:
@@ -166,16 +170,19 @@ def pack(
       directory: where the tokens and the plan are kept.
 
     Raises:
-      UserError: where there is no example, or the template does not fit (see `ChatFormat`).
+      UserError: where there is no example, or the template does not fit (see `ChatFormat`); where
+        what was stored is not as it was written.
     """
     if not examples:
         raise UserError(
             "there is no example to pack; check data.domains, the score thresholds and the split"
         )
     names = ("all",) if streams is None else tuple(streams)
-    stored = directory / f"packed-{_fingerprint(examples, chat, sequence_length, seed, streams)}"
+    fingerprint = _fingerprint(examples, chat, sequence_length, seed, streams)
+    stored = directory / f"packed-{fingerprint}"
     if not stored.exists():
         _build(stored, examples, chat, sequence_length, seed, streams)
+    _check(stored)
     with np.load(stored / "items.npz") as items:
         return PackedCorpus(
             streams=names,
@@ -183,8 +190,21 @@ def pack(
             flat_tokens=np.load(stored / "tokens.npy", mmap_mode="r"),
             plan=PackingPlan.load(stored / "plan.npz"),
             counts=json.loads((stored / "counts.json").read_text()),
+            fingerprint=fingerprint,
             **items,
         )
+
+
+def _check(stored: Path) -> None:
+    """Refuses what changed on the disk: of tokens nobody else would see it."""
+    try:
+        for name, sha256 in json.loads((stored / _DIGESTS).read_text()).items():
+            if file_digest(stored / name) != sha256:
+                raise ValueError(f"{name} was changed")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{stored} is damaged ({error}); delete it, and the same command makes it again"
+        ) from error
 
 
 def train_iterator(
@@ -311,6 +331,8 @@ def _build(
         )
         plan(lengths, stream_ids, sequence_length, seed).save(partial / "plan.npz")
         (partial / "counts.json").write_text(json.dumps(counts))
+        digests = {file.name: file_digest(file) for file in partial.iterdir()}
+        (partial / _DIGESTS).write_text(json.dumps(digests))
         os.replace(partial, stored)
     except OSError:
         if not stored.exists():  # else another process has stored the same meanwhile

@@ -222,14 +222,13 @@ def _parse(value: Any) -> Row:
         label=value["label"],
         source=value["source"],
     )
-    # A lone surrogate passes for text until it is written.
-    for text in (row.response, row.domain, row.source, *(m["content"] for m in row.messages)):
-        text.encode()
+    for text in (row.response, row.domain, row.source):
+        text.encode()  # a lone surrogate passes for text until it is written
     return row
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    """The turns of one object; a ValueError says what is wrong with them."""
+    """The turns of one object, in valid Unicode; a ValueError says what is wrong."""
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     if ("prompt" in value) == ("messages" in value):
@@ -238,6 +237,7 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
         return _turns(value["messages"])
     if not isinstance(value["prompt"], str) or not value["prompt"].strip():
         raise ValueError("prompt is missing, empty or not text")
+    value["prompt"].encode()
     return ({"role": "user", "content": value["prompt"]},)
 
 
@@ -249,6 +249,7 @@ def _turns(messages: Any) -> tuple[dict[str, str], ...]:
             raise ValueError("a turn's role is none of system, user, assistant")
         if not isinstance(turn.get("content"), str):
             raise ValueError("a turn's content is not text")
+        turn["content"].encode()
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError("the last turn is not the user's, or empty")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in messages)

@@ -5,6 +5,7 @@ own. `docs/recipes/add_a_base_model.md` says how a row is added.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -165,6 +166,19 @@ class ModelSpec:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises TypeError, naming the field: a damaged file may say anything."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise TypeError(f"{field.name} is {value!r}, no whole number from 1")
+            if field.name in ("rope_theta", "norm_eps") and not _is_positive(value):
+                raise TypeError(f"{field.name} is {value!r}, no number above 0")
+            if field.name == "local_rope_theta" and value is not None and not _is_positive(value):
+                raise TypeError(f"{field.name} is {value!r}, no number above 0")
+        if self.family not in FAMILIES or not self.pattern:
+            raise TypeError(f"family is {self.family!r} and pattern {self.pattern!r}")
+
     @property
     def traits(self) -> Family:
         return FAMILIES[self.family]
@@ -199,6 +213,10 @@ class ModelSpec:
         """
         scaling = values["rope_scaling"] and RopeScaling(**values["rope_scaling"])
         return cls(**{**values, "pattern": tuple(values["pattern"]), "rope_scaling": scaling})
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
 def shortest_pattern(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from safemoe_jax.errors import UserError
@@ -28,6 +29,8 @@ def set_up_jax() -> None:
       UserError: see `connect`.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Orbax logs the traceback of every error that it then raises.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     if not has_tpu():
         use_compiler_alone()  # where libtpu is installed for `plan`
     connect()

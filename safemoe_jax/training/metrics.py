@@ -66,10 +66,12 @@ class MetricsWriter:
     def __init__(self, path: Path, stage: str, from_step: int) -> None:
         """Opens the file and drops the stage's rows after `from_step`, which a killed run left."""
         self._path, self._stage = path, stage
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept = [row for row in rows if not self._is_stale(row, from_step)]
         if len(kept) < len(rows):
-            path.write_text("".join(kept))
+            scratch = path.with_name(f".{path.name}.new")
+            scratch.write_text("".join(kept))
+            os.replace(scratch, path)  # a kill in between loses no row
 
     def write(self, step: int, split: Split, **values: float) -> None:
         row = {"stage": self._stage, "step": step, "split": split, "time": time.time(), **values}
@@ -82,9 +84,10 @@ class MetricsWriter:
     def _is_stale(self, line: str, from_step: int) -> bool:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            return True  # cut short by a kill
-        return row["stage"] == self._stage and row["step"] > from_step
+            stale = row["stage"] == self._stage and row["step"] > from_step
+        except (ValueError, TypeError, KeyError):
+            return True  # cut short by a kill or a full disk
+        return stale or not line.endswith("\n")
 
 
 class TensorBoardWriter:

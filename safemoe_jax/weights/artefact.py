@@ -118,7 +118,7 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); make the {kind.name} again") from error
     manifest = manifest if isinstance(manifest, dict) else {}
     if (other := manifest.get("kind", kind.name)) != kind.name:
@@ -137,6 +137,8 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
         )
     if missing := sorted({*kind.keys, "files", *newest} - set(manifest)):
         raise UserError(f"{path} lacks {missing[0]!r}; make the {kind.name} again")
+    if not isinstance(manifest["files"], dict):
+        raise UserError(f"{path} lists no files; make the {kind.name} again")
     if newest and manifest_digest(manifest) != manifest["sha256"]:
         raise UserError(f"{path} was changed since it was written; make the {kind.name} again")
     return manifest

@@ -155,7 +155,7 @@ def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
     manifest = read_manifest(directory, BUNDLE)
     try:
         spec, base = ModelSpec.from_dict(manifest["spec"]), BaseIdentity(**manifest["base"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{directory}/{MANIFEST} is damaged ({error}); make it again") from error
     config = freeze(manifest["config"])
     if identity is not None and identity.sha256 != base.sha256:
@@ -165,8 +165,15 @@ def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
         )
     needed = [f"{name}.safetensors" for name in COLLECTIONS]
     contents = checked_files(directory, BUNDLE, manifest, needed)
+    try:
+        wanted = expected_leaves(config, spec)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{directory}/{MANIFEST} describes no model ({reason}); make it again"
+        ) from error
     trees = {}
-    for name, expected in expected_leaves(config, spec).items():
+    for name, expected in wanted.items():
         try:
             leaves = safetensors.numpy.load(contents[f"{name}.safetensors"])
         except SafetensorError as error:

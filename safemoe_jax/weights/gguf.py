@@ -1,7 +1,8 @@
 """Base weights from a GGUF file; its tokenizer is in `weights.gguf_tokenizer`."""
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def load(path: Path) -> Checkpoint:
       UserError: where the file is no GGUF, or holds what this package does not model.
     """
     metadata, tensors = _open(path)
-    spec = _spec(metadata, tensors)
+    with _lies_told(path):
+        spec = _spec(metadata, tensors)
+        tokenizer = read_tokenizer(metadata, spec)
     leaf_of = {
         name.format(layer): leaf
         for leaf, name in names(spec).items()
@@ -110,7 +113,7 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(
         spec,
         Weights(spec, names(spec), used),
-        read_tokenizer(metadata, spec),
+        tokenizer,
         metadata.get("general.license", UNKNOWN_LICENSE),
         (path,),
     )
@@ -122,15 +125,31 @@ def read_spec(path: Path) -> ModelSpec:
     Raises:
       UserError: as `load`.
     """
-    return _spec(*_open(path))
+    metadata, tensors = _open(path)
+    with _lies_told(path):
+        return _spec(metadata, tensors)
+
+
+@contextlib.contextmanager
+def _lies_told(path: Path) -> Iterator[None]:
+    """Names metadata that are of no model or no tokenizer."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a bare one is what the tokenizers package raises
+        raise UserError(
+            f"{path} has metadata of no model ({type(error).__name__}: {str(error)[:200]!r}); "
+            "fetch it again"
+        ) from error
 
 
 def _open(path: Path) -> tuple[Metadata, dict[str, gguf.ReaderTensor]]:
     try:
         reader = _Reader(path)
-    except (ValueError, IndexError) as error:
+        metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} cannot be read as GGUF ({error}); fetch it again") from error
-    metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 

@@ -207,9 +207,23 @@ def read_spec(path: Path) -> ModelSpec:
     """The spec that a config.json describes.
 
     Raises:
-      UserError: on an architecture, activation, bias or rope scaling that is not modelled.
+      UserError: on an architecture, activation, bias or rope scaling that is not modelled, and on
+        values that are of no model.
     """
     values = _json(path)
+    try:
+        return _spec(values, path)
+    except UserError:
+        raise
+    except (
+        *(TypeError, ValueError, KeyError, IndexError, AttributeError),
+        *(ArithmeticError, StrictDataclassError),
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"{path} cannot be read ({reason}); fetch it again") from error
+
+
+def _spec(values: dict[str, Any], path: Path) -> ModelSpec:
     architecture = (values.get("architectures") or [values.get("model_type")])[0]
     known = {traits.architecture: family for family, traits in FAMILIES.items()}
     if architecture not in known:
@@ -217,12 +231,8 @@ def read_spec(path: Path) -> ModelSpec:
             f"architecture {architecture!r} in {path} is not supported; known: {', '.join(known)}"
         )
     family = known[architecture]
-    try:
-        # Its defaults are the format's: save_pretrained leaves out what equals them.
-        config = CONFIG_MAPPING[family].from_dict(values)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path} cannot be read ({reason}); fetch it again") from error
+    # Its defaults are the format's: save_pretrained leaves out what equals them.
+    config = CONFIG_MAPPING[family].from_dict(values)
     rope = config.rope_parameters
     rope, local_rope = rope.get("full_attention", rope), rope.get("sliding_attention")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -312,13 +322,19 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
             f"{directory} has no tokenizer.json; save the tokenizer there with transformers' "
             "save_pretrained"
         )
-    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # a bare one is what the tokenizers package raises
+        raise UserError(
+            f"{directory}/tokenizer.json, or a file beside it, is no tokenizer's "
+            f"({type(error).__name__}: {str(error)[:200]!r}); fetch it again"
+        ) from error
 
 
 def _weight_files(directory: Path) -> tuple[Path, ...]:
     index = directory / "model.safetensors.index.json"
     names = (
-        sorted(set(_json(index)["weight_map"].values()))
+        sorted(set(map(str, _weight_map(index).values())))
         if index.exists()
         else ["model.safetensors"]
     )
@@ -331,6 +347,12 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
                 "(pickled weights are not read)"
             )
     return tuple(directory / name for name in names)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    if not isinstance(found := _json(index).get("weight_map"), dict):
+        raise UserError(f"{index} has no weight_map; fetch the model again")
+    return found
 
 
 def read_license(directory: Path) -> str:
@@ -353,8 +375,11 @@ def read_license(directory: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}; give a model directory") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object; fetch it again")
+    return values

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from safemoe_jax.config import DataConfig
-from safemoe_jax.data import rules, splits
+from safemoe_jax.data import corpora, rules, splits
 from safemoe_jax.data.corpora import load_corpus, load_judge_rows
 from safemoe_jax.errors import UserError
 
@@ -158,6 +158,38 @@ def test_a_changed_source_or_setting_is_built_anew(tmp_path):
     third = load_corpus(shorter, tmp_path / "data")
     assert (second.examples[0].informative, third.examples[0].informative) == (False, True)
     assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("how", ["more", "gone"])
+def test_a_source_that_changes_while_it_is_read_is_no_corpus(tmp_path, monkeypatch, how):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(line(f"one word {i}") for i in range(5)))
+    survey = corpora._survey
+
+    def then(*arguments):
+        found = survey(*arguments)
+        path.write_text(line("another")) if how == "more" else path.unlink()
+        return found
+
+    monkeypatch.setattr(corpora, "_survey", then)
+    with pytest.raises(UserError, match="changed while it was read; run the same command again"):
+        load_corpus(config("jsonl", path, ("apples",)), tmp_path / "data")
+    monkeypatch.undo()
+    path.write_text("\n".join(line(f"one word {i}") for i in range(5)))
+    assert len(load_corpus(config("jsonl", path, ("apples",)), tmp_path / "data").examples) == 5
+
+
+@pytest.mark.parametrize("name", ["*.array_record*", "dataset_info.json", "metadata.json"])
+def test_a_stored_corpus_that_is_damaged_is_named(tmp_path, name):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(line(f"one word {i}") for i in range(5)))
+    settings = config("jsonl", path, ("apples",))
+    load_corpus(settings, tmp_path / "data")
+    (file,) = (tmp_path / "data").rglob(name)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"data/jsonl/\w+ is damaged \(.*\); delete it"):
+        load_corpus(settings, tmp_path / "data")
 
 
 def test_splits_do_not_depend_on_the_domains_chosen(pyrit, tmp_path):

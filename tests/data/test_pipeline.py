@@ -104,6 +104,18 @@ def test_second_pack_reads_what_the_first_stored(tokenizer, examples, packed, tm
     assert not list(tmp_path.glob("packing-*"))
 
 
+@pytest.mark.parametrize("name", ["tokens.npy", "plan.npz", "counts.json", "sha256.json"])
+def test_what_changed_on_the_disk_is_refused(tokenizer, examples, tmp_path, name):
+    arguments = (examples, ChatFormat(tokenizer), LENGTH, 0)
+    pack(*arguments, streams=DOMAINS, directory=tmp_path)
+    (stored,) = tmp_path.glob("packed-*")
+    content = bytearray((stored / name).read_bytes())
+    content[-3] ^= 1
+    (stored / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{stored} is damaged \(.*\); delete it"):
+        pack(*arguments, streams=DOMAINS, directory=tmp_path)
+
+
 def test_batches_hold_equally_many_rows_of_every_stream_in_order(packed):
     iterator = train_iterator(packed, 2, seed=0)
     batch = next(iterator)

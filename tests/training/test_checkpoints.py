@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from toys import ADAMW, SPEC, leaves_equal, shapes, toy_model, toy_variables
 from safemoe_jax.config import MeshConfig
 from safemoe_jax.errors import UserError
 from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.training import checkpoints as checkpoints_module
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.state import TrainState, init_expert_state, make_optimizer
 
@@ -103,6 +105,49 @@ def test_a_run_of_another_identity_is_not_continued(open_checkpoints, state, key
     other = open_checkpoints(identity=IDENTITY | {key: "other"})
     with pytest.raises(UserError, match=f"holds a run with {key} '{IDENTITY[key]}', .*'other'"):
         other.restore(state)
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "position"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_there(
+    open_checkpoints, tmp_path, state, damage
+):
+    first = open_checkpoints()
+    for step in (1, 2):
+        first.save(step, state, {"next_index": step})
+    first.wait()
+    newest = tmp_path / "checkpoints" / "2"
+    numbers = [path for path in newest.glob("state/**/d/*") if path.is_file()]
+    for path in [newest / "data" / "metadata"] if damage == "position" else numbers:
+        content = bytearray(path.read_bytes())
+        if damage == "bit":
+            content[len(content) // 2] ^= 1
+        elif damage == "cut":
+            del content[len(content) // 2 :]
+        else:
+            content = content.replace(b"2", b"3")
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{newest} is damaged .*; delete it, .* from step 1$"):
+        open_checkpoints().restore(state)
+    shutil.rmtree(newest)
+    restored, position = open_checkpoints().restore(filled(state, seed=2))
+    assert position == {"next_index": 1} and leaves_equal(restored, state)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_one_bit_anywhere_changes_the_checksum(dtype, shape):
+    words = np.dtype({2: np.uint16, 4: np.uint32}[np.dtype(dtype).itemsize])
+    values = np.arange(1, 1 + np.prod(shape, dtype=int)).astype(words)
+
+    def checksum(changed):
+        return int(checkpoints_module._sum(jnp.asarray(changed.view(dtype).reshape(shape))))
+
+    for bit in (0, 8 * words.itemsize - 1):
+        for place in range(values.size):
+            changed = values.copy()
+            changed[place] ^= words.type(1 << bit)
+            assert checksum(changed) != checksum(values)
+    assert (checksum(values[::-1].copy()) == checksum(values)) == (values.size == 1)
 
 
 def test_a_checkpoint_holds_what_is_trained_and_never_the_base(open_checkpoints, tmp_path):

@@ -19,6 +19,7 @@ from toys import leaves_equal
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.training import interruption as interruption_module
 from safemoe_jax.training.interruption import SIGNALS, Interrupted, interruption_noted
+from safemoe_jax.training.metrics import MetricsWriter
 from safemoe_jax.training.observer import Diverged
 
 MESH = make_mesh(toy_run.ONE)
@@ -201,3 +202,18 @@ def test_a_notice_from_the_cloud_is_as_good_as_a_signal(monkeypatch):
     path = "/computeMetadata/v1/instance"
     assert set(asked) == {(f"{path}/preempted", "Google"), (f"{path}/maintenance-event", "Google")}
     assert next(answers, None) is None
+
+
+@pytest.mark.parametrize("torn", ["{", "\n\x00", "[1]\n"])
+def test_torn_metrics_are_dropped_and_no_other_row(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, "experts", 0)
+    for step in (1, 2, 3):
+        writer.write(step, "train", loss=1.0)
+    path.write_text(path.read_text() + torn)
+    MetricsWriter(path, "experts", 2).write(3, "train", loss=2.0)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    path.write_text(path.read_text().rstrip("\n"))  # a whole row, but for its end
+    MetricsWriter(path, "router", 0).write(1, "train", loss=3.0)
+    assert [row["loss"] for row in rows(tmp_path)] == [1.0, 1.0, 3.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
