@@ -66,6 +66,7 @@ setup(
             "openai>=2",  # the server's tests speak to it as its users do
             "pytest-cov>=7",
             "ruff>=0.12",
+            "mypy>=2.4",
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "submitit>=1.5.3",

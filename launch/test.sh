@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv, installs the test extra, checks lint and format, and runs the tests.
+# Makes .venv, installs the test extra, checks lint, format and types, and runs the tests.
 #
 #   launch/test.sh [--parity] [PYTEST_OPTION...]
 #
@@ -30,4 +30,5 @@ fi
 cd "$ROOT"
 "$VENV/bin/python" -m ruff check
 "$VENV/bin/python" -m ruff format --check
+"$VENV/bin/python" -m mypy
 exec "$VENV/bin/python" -m pytest "$@"
