@@ -1,8 +1,8 @@
 """Checkpoints by Orbax: what is trained, its optimizer, the data position; never the base.
 
 The base is named by the hash of its weight files, so that a checkpoint stays small and belongs to
-one base. A checkpoint holds a checksum of its state and data position: a bit that flipped on the disk
-would else make the run end otherwise without a word.
+one base. A checkpoint holds a checksum of its state and data position: a bit that flipped on the
+disk would else make the run end otherwise without a word.
 """
 
 import contextlib
