@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from safemoe_jax.errors import UserError
+from safemoe_jax.errors import UserError, refused_by_the_machine
 from safemoe_jax.training.state import TrainState
 
 _DIGEST = "digest"
 # What Orbax, tensorstore and the JSON parser raise where files are not as they were written.
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 
 
 class Checkpoints:
@@ -77,6 +77,8 @@ class Checkpoints:
         except UserError:
             raise
         except _UNREADABLE as error:
+            if refused_by_the_machine(error):
+                raise  # it may be whole
             raise self._damaged(step, f"{type(error).__name__} in reading it") from error
         # Older ones have no checksum.
         if identity.get(_DIGEST) not in (None, _digest(found["state"], found["data"])):
