@@ -37,7 +37,7 @@ from safemoe_jax.data.sources import (
     pyrit_tables,
 )
 from safemoe_jax.data.splits import Split
-from safemoe_jax.errors import UserError
+from safemoe_jax.errors import UserError, refused_by_the_machine
 from safemoe_jax.progress import console
 from safemoe_jax.remote import local_copy
 
@@ -215,6 +215,8 @@ def _damage_told(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of TFDS, protobuf, ArrayRecord and json: they have no common class
+        if refused_by_the_machine(error):
+            raise  # it may be whole
         raise UserError(
             f"{place} is damaged ({type(error).__name__} in reading it); delete it, and the same "
             "command makes it again"

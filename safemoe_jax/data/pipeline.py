@@ -201,7 +201,7 @@ def _check(stored: Path) -> None:
         for name, sha256 in json.loads((stored / _DIGESTS).read_text()).items():
             if file_digest(stored / name) != sha256:
                 raise ValueError(f"{name} was changed")
-    except (OSError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, AttributeError) as error:
         raise UserError(
             f"{stored} is damaged ({error}); delete it, and the same command makes it again"
         ) from error

@@ -1,8 +1,8 @@
 """Checkpoints by Orbax: what is trained, its optimizer, the data position; never the base.
 
 The base is named by the hash of its weight files, so that a checkpoint stays small and belongs to
-one base. A checkpoint holds a checksum of itself: nothing else would see a bit that flipped on the
-disk, and the run would end otherwise without a word.
+one base. A checkpoint holds a checksum of its state and data position: a bit that flipped on the
+disk would else make the run end otherwise without a word.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from safemoe_jax.errors import UserError
+from safemoe_jax.errors import UserError, refused_by_the_machine
 from safemoe_jax.training.state import TrainState
 
 _DIGEST = "digest"
 # What Orbax, tensorstore and the JSON parser raise where files are not as they were written.
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 
 
 class Checkpoints:
@@ -77,6 +77,8 @@ class Checkpoints:
         except UserError:
             raise
         except _UNREADABLE as error:
+            if refused_by_the_machine(error):
+                raise  # it may be whole
             raise self._damaged(step, f"{type(error).__name__} in reading it") from error
         # Older ones have no checksum.
         if identity.get(_DIGEST) not in (None, _digest(found["state"], found["data"])):
