@@ -76,11 +76,12 @@ class Trainer:
     def __init__(self):
         self.stages = {}
 
-    def __call__(self, stage, state, config, mesh, checkpoints, metrics, publish):
+    def __call__(self, stage, state, config, mesh, checkpoints, observer, publish):
         assert stage.name not in self.stages, "trained twice"
-        metrics.touch()
+        (metrics,) = observer._open_writers(0)
+        metrics._path.touch()
         ids = next(stage.batches)["example_ids_BS"]
-        self.stages[stage.name] = stage, set(ids[ids >= 0].tolist())
+        self.stages[stage.name] = observer, set(ids[ids >= 0].tolist())
         seed = len(self.stages)
         key = iter(jax.random.split(jax.random.key(seed), 100))
         moved = jax.tree.map(
@@ -244,21 +245,21 @@ def test_what_each_part_is_trained_on(home, experiment):
     by_id = {example.id: example for example in experiment.corpus.examples}
 
     def learnt(name):
-        stage, ids = TRAINER.stages[name]
-        return stage, [by_id[number] for number in ids]
+        observer, ids = TRAINER.stages[name]
+        return observer, [by_id[number] for number in ids]
 
     for name in ("router_without_cats", "safe_lora_without_cats"):
-        stage, examples = learnt(name)
+        observer, examples = learnt(name)
         assert {(e.domain, e.label, e.informative) for e in examples} == {("dogs", "safe", True)}
-    assert stage.streams == ("all",)
-    assert TRAINER.stages["router_without_cats"][0].domains == ("dogs",)
+    assert observer._streams == ("all",)
+    assert TRAINER.stages["router_without_cats"][0]._domains == ["dogs"]
     for name in ("refusal_lora", "refusal_lora_wide"):
         _, examples = learnt(name)
         assert all("can't talk" in e.response and e.label == "safe" for e in examples)
     _, examples = learnt("router_harmful")
     assert {e.label for e in examples} == {"unsafe"}
-    stage, examples = learnt("experts_safe")
-    assert {e.label for e in examples} == {"safe"} and stage.streams == tiny.DOMAINS
+    observer, examples = learnt("experts_safe")
+    assert {e.label for e in examples} == {"safe"} and observer._streams == tiny.DOMAINS
     assert not {e.split for e in examples} - {"train"}
 
 

@@ -97,6 +97,7 @@ class TensorBoardWriter:
         """Opens a new file; what older ones have of later steps is no longer shown."""
         from tensorboardX import SummaryWriter
 
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         # It purges from the step named on, and there is no train step 0.
         suffix = f".{from_step}"  # files are else told apart by the second of their making alone
         self._writer = SummaryWriter(

@@ -6,6 +6,7 @@ milliseconds, and may be killed like any other.
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -13,8 +14,27 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safemoe_jax import cli, stages
+
+# First parts of the names of numbers that a machine's speed decides.
+OF_THE_MACHINE = {
+    "time",
+    "loss_tokens_per_second",
+    "tokens_per_second",
+    "mfu",
+    "seconds",
+    "memory",
+}
+
+
+def logged(root: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl in an order of their own, without what a machine's speed decides."""
+    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k.split("/")[0] not in OF_THE_MACHINE} for row in rows]
+    return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
+
 
 HUNG_SECONDS = 600
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

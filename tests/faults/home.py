@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from attempts import Attempt, Ended, on_writes, timed
+from attempts import Attempt, Ended, logged, on_writes, timed
 
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.training.metrics import MetricsWriter
@@ -17,7 +17,6 @@ from safemoe_jax.weights.base import load_base
 # Two stages of six steps, a checkpoint at each.
 _LOOP = {"steps": 6, "save_every": 1, "validate_every": 2, "keep": 3}
 SNAPSHOTS = ("data", "experts", "router", "done")
-_OF_THE_MACHINE = ("time", "loss_tokens_per_second")
 
 
 class Home:
@@ -93,15 +92,11 @@ class Home:
 def outcome(workdir: Path) -> dict[str, Any]:
     """What a run has come to: its weights' sha256, what it is made of, and what it has logged."""
     manifest = json.loads((workdir / "bundle" / "manifest.json").read_text())
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        for key in _OF_THE_MACHINE:
-            row.pop(key, None)
     return {
         "experts": file_digest(workdir / "bundle" / "experts.safetensors"),
         "router": file_digest(workdir / "bundle" / "router.safetensors"),
         "provenance": manifest["provenance"],
-        "metrics": sorted(rows, key=lambda row: json.dumps(row, sort_keys=True)),
+        "metrics": logged(workdir),
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import toy_run
+from attempts import logged
 from etils import epath
 from toys import initial, leaves_equal, toy_corpus, toy_variables
 
@@ -33,6 +34,8 @@ from safemoe_jax.parallel.sharding import replicated, shardings
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.interruption import Interrupted
 from safemoe_jax.training.loop import Stage, train
+from safemoe_jax.training.metrics import MetricsWriter
+from safemoe_jax.training.observer import Observer, Trace
 from safemoe_jax.training.state import init_expert_state, init_router_state, state_shardings
 from safemoe_jax.training.steps import gate_train_step
 from safemoe_jax.training.validation import gate_validation
@@ -41,7 +44,6 @@ STAGES = ("experts", "router")
 CONFIG = TrainConfig(steps=8, rows=2, accumulation=1, validate_every=4, save_every=2, keep=2)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-_OF_THE_MACHINE = ("time", "loss_tokens_per_second")
 
 
 class Broken(Exception):
@@ -106,22 +108,21 @@ class Loops:
 
         streams = self._text[name].streams
         batches = train_iterator(self._text[name], CONFIG.rows, seed=0)
-        stage = Stage(
+        stage = Stage(name, step, self._frozen[name], batches, self._validates[name])
+        observer = Observer(
             name,
-            step,
-            self._frozen[name],
-            batches,
-            self._validates[name],
-            streams,
-            toy_run.DOMAINS,
+            streams=streams,
+            domains=toy_run.DOMAINS,
+            work=toy_run.WORK,
+            open_writers=lambda first: [MetricsWriter(root / "metrics.jsonl", name, first)],
+            trace=Trace(range(0), root / "trace"),
         )
         place = epath.Path(root) / name / "checkpoints"
         checkpoints = Checkpoints(place, keep=CONFIG.keep, identity={"base": "toy"})
         try:
             state = self._begin[name]()
-            metrics = root / "metrics.jsonl"
             return train(
-                stage, state, CONFIG, self._mesh, checkpoints, metrics, publish=lambda: None
+                stage, state, CONFIG, self._mesh, checkpoints, observer, publish=lambda: None
             )
         finally:
             checkpoints.close()
@@ -211,13 +212,6 @@ class Whole:
             raise Broken("the weights differ silently")
         if logged(root) != self._metrics:
             raise Broken("the metrics differ silently")
-
-
-def logged(root: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl in an order of their own, without what a machine's speed decides."""
-    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if k not in _OF_THE_MACHINE} for row in rows]
-    return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
 
 
 def committed(root: Path) -> dict[str, int]:

@@ -25,9 +25,11 @@ def test_shellcheck_finds_nothing():
 
 
 def test_pre_commit_runs_what_ci_lints_with():
-    ci = re.findall(r'^"\$VENV/bin/python" -m (ruff .*)$', (LAUNCH / "test.sh").read_text(), re.M)
+    ci = re.findall(
+        r'^"\$VENV/bin/python" -m (ruff .*|mypy)$', (LAUNCH / "test.sh").read_text(), re.M
+    )
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert ci == ["ruff check", "ruff format --check"]
+    assert ci == ["ruff check", "ruff format --check", "mypy"]
     assert [hook["entry"] for hook in local["hooks"]] == [f".venv/bin/python -m {c}" for c in ci]
 
 

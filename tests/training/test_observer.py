@@ -74,11 +74,12 @@ def test_a_steps_metrics_are_read_once_the_next_step_is_dispatched(tmp_path, mon
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda tree: order.append("read") or get(tree))
     toy_run.run(tmp_path, before=lambda step, state: order.append(step) or state)
-    # Validation is after 3, 6, 9 and 12, saves are after 4, 8 and 12.
+    # Validation is after 3, 6, 9 and 12, saves are after 4, 8 and 12; a save reads the
+    # state for its checksum.
     # fmt: off
     assert order == [
-        1, 2, "read", 3, "read", "read", 4, "read", 5, 6, "read", "read", 7, 8, "read", "read",
-        9, "read", 10, 11, "read", 12, "read", "read",
+        1, 2, "read", 3, "read", "read", 4, "read", "read", 5, 6, "read", "read",
+        7, 8, "read", "read", "read", 9, "read", 10, 11, "read", 12, "read", "read", "read",
     ]
     # fmt: on
 
