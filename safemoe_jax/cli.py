@@ -4,18 +4,14 @@ Exit codes: 0 done; 1 failed; 2 the user's mistake, in one line; 75 interrupted,
 """
 
 import argparse
-import runpy
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from safemoe_jax.serving import verbs
 from safemoe_jax.training.flags import add_recording, recording_of
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 75
 
@@ -305,14 +301,14 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
 
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from safemoe_jax import run, stages
-    from safemoe_jax.config import freeze
+    from safemoe_jax.config import freeze, read_config
     from safemoe_jax.errors import UserError
     from safemoe_jax.experiment import Experiment
     from safemoe_jax.workdir import Workdir
 
     if arguments.verb == "report" and (arguments.runs or arguments.results or arguments.out):
         raise UserError("--runs, --results and --out need no --config; leave it out")
-    config = freeze(_read_config(arguments.config, rest))
+    config = freeze(read_config(arguments.config, rest))
     recording = recording_of(arguments, config)
     root = arguments.workdir or Path("runs") / arguments.config.stem
     with Workdir(root, config) as workdir:
@@ -336,10 +332,10 @@ def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     # Compiled for the slice and never run: where there is a TPU, it is left alone.
     jax.config.update("jax_platforms", "cpu")
-    from safemoe_jax.config import freeze
+    from safemoe_jax.config import freeze, read_config
     from safemoe_jax.planning import verb
 
-    config = freeze(_read_config(arguments.config, rest))
+    config = freeze(read_config(arguments.config, rest))
     do = verb.search if arguments.search else verb.plan
     do(config, arguments.topology, arguments.json, arguments.picture)
 
@@ -369,6 +365,7 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     import functools
 
     from safemoe_jax import queues, sweep
+    from safemoe_jax.config import call_of, read_config
     from safemoe_jax.errors import UserError
     from safemoe_jax.remote import is_remote
 
@@ -376,9 +373,9 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if is_remote(place):
         raise UserError(f"--workdir {place} is remote; a sweep needs a directory, a mount for one")
     root = Path(place)
-    changes = _call(arguments.sweep, "get_points")
+    changes = call_of(arguments.sweep, "get_points")
     config_file = arguments.config or arguments.sweep
-    points = sweep.read_points(_read_config(config_file, rest), changes)
+    points = sweep.read_points(read_config(config_file, rest), changes)
     run_one = functools.partial(sweep.run_one, points, root, keep_experts=arguments.keep_experts)
     if arguments.only:
         run_one(arguments.only)
@@ -418,69 +415,6 @@ def _parameter(text: str) -> tuple[str, int | str]:
     if not equals:
         raise UserError(f"--slurm {text} is no KEY=VALUE; give one, like --slurm time=240")
     return key, int(value) if value.isdigit() else value
-
-
-def _read_config(path: Path, overrides: Sequence[str]) -> "ConfigDict":
-    """The experiment file's ConfigDict with `--config.key=value` applied."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    from safemoe_jax.errors import UserError
-
-    config = _call(path, "get_config")
-    for override in overrides:
-        current, values, argv = _current(config, override), flags.FlagValues(), ["", override]
-        try:
-            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-            values(argv)
-        except (flags.Error, TypeError, ValueError) as error:
-            raise UserError(
-                f"{override} does not fit: the value there is {current!r}; give another "
-                f"{type(current).__name__}"
-            ) from error
-    return config
-
-
-def _call(path: Path, function: str) -> Any:
-    """What a function of an experiment or sweep file returns."""
-    from safemoe_jax.errors import UserError
-
-    if not path.is_file():
-        raise UserError(f"{path} is no file; the shipped experiments are in experiments/")
-    # Experiment files may import one another as `experiments.NAME`; sweeps are one level deeper.
-    sys.path[:0] = map(str, path.resolve().parents[1:3])
-    try:
-        return runpy.run_path(str(path))[function]()
-    except Exception as error:  # whatever the user's own code raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} cannot be read as an experiment ({reason}); correct it") from error
-
-
-def _current(config: "ConfigDict", override: str) -> Any:
-    """The value that `--config.a.b=value` would replace; it must be there."""
-    from ml_collections import ConfigDict
-
-    from safemoe_jax.errors import UserError
-
-    key, equals, _ = override.partition("=")
-    if not key.startswith("--config.") or not equals:
-        raise UserError(
-            f"unknown argument {override!r}; values are changed by --config.KEY=VALUE, for the "
-            "rest see `safemoe --help`"
-        )
-    value: Any = config
-    path = "config"
-    for part in key.split(".")[1:]:
-        known = list(value) if isinstance(value, ConfigDict) else []
-        if part not in known:
-            raise UserError(
-                f"unknown key {path}.{part} in {override}; {path} has "
-                f"{', '.join(known) or 'no keys'}"
-            )
-        value, path = value[part], f"{path}.{part}"
-    if isinstance(value, ConfigDict):
-        raise UserError(f"{override} names a section; set one of its keys: {', '.join(value)}")
-    return value
 
 
 def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

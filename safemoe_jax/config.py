@@ -5,11 +5,15 @@ value of the wrong type, is a `UserError` that names the key.
 """
 
 import dataclasses
+import runpy
 import sys
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from safemoe_jax.errors import UserError
 
@@ -224,6 +228,47 @@ class Config:
     evaluation: EvaluationConfig
 
 
+def read_config(path: Path, overrides: Sequence[str]) -> ConfigDict:
+    """What an experiment file's `get_config` returns, with changes applied; not checked yet.
+
+    Args:
+      path: the experiment file.
+      overrides: as on the command line, `--config.KEY=VALUE`.
+
+    Raises:
+      UserError: where the file cannot be read, a key is not there, or a value is of another type.
+    """
+    config = call_of(path, "get_config")
+    for override in overrides:
+        current, values, argv = _current(config, override), flags.FlagValues(), ["", override]
+        try:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+            values(argv)
+        except (flags.Error, TypeError, ValueError) as error:
+            raise UserError(
+                f"{override} does not fit: the value there is {current!r}; give another "
+                f"{type(current).__name__}"
+            ) from error
+    return config
+
+
+def call_of(path: Path, function: str) -> Any:
+    """What a function of an experiment or sweep file returns.
+
+    Raises:
+      UserError: where there is no such file, or its code fails.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file; the shipped experiments are in experiments/")
+    # Experiment files may import one another as `experiments.NAME`; sweeps are one level deeper.
+    sys.path[:0] = map(str, path.resolve().parents[1:3])
+    try:
+        return runpy.run_path(str(path))[function]()
+    except Exception as error:  # whatever the user's own code raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be read as an experiment ({reason}); correct it") from error
+
+
 def freeze(values: ConfigDict | dict[str, Any]) -> Config:
     """Checks an experiment's values and freezes them.
 
@@ -243,6 +288,29 @@ def freeze(values: ConfigDict | dict[str, Any]) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """The inverse of `freeze`, JSON-serializable."""
     return dataclasses.asdict(config)
+
+
+def _current(config: ConfigDict, override: str) -> Any:
+    """The value that `--config.a.b=value` would replace; it must be there."""
+    key, equals, _ = override.partition("=")
+    if not key.startswith("--config.") or not equals:
+        raise UserError(
+            f"unknown argument {override!r}; values are changed by --config.KEY=VALUE, for the "
+            "rest see `safemoe --help`"
+        )
+    value: Any = config
+    path = "config"
+    for part in key.split(".")[1:]:
+        known = list(value) if isinstance(value, ConfigDict) else []
+        if part not in known:
+            raise UserError(
+                f"unknown key {path}.{part} in {override}; {path} has "
+                f"{', '.join(known) or 'no keys'}"
+            )
+        value, path = value[part], f"{path}.{part}"
+    if isinstance(value, ConfigDict):
+        raise UserError(f"{override} names a section; set one of its keys: {', '.join(value)}")
+    return value
 
 
 def _build(kind: Any, values: Any, path: str) -> Any:

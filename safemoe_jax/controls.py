@@ -50,7 +50,14 @@ from safemoe_jax.stages import (
     stage_one,
     stage_two,
 )
-from safemoe_jax.weights.artefact import Kind, checked_files, new_artefact, read_manifest
+from safemoe_jax.weights.artefact import (
+    MANIFEST,
+    Kind,
+    checked_files,
+    file_digest,
+    new_artefact,
+    read_manifest,
+)
 from safemoe_jax.weights.bundle import to_safetensors
 
 CONTROL = Kind("control's weights", 1, ("identity",))
@@ -152,7 +159,8 @@ class Controls:
             )
             return stage_one(experiment, name, experiment.model, text, schedule).trainable
 
-        return _once(experiment, name, {"text": benign.version()}, train)
+        made_of = {"text": benign.version()} if data == "benign" else {}
+        return _once(experiment, name, made_of, train)
 
     def _router(
         self, learnt: str, model: Transformer, experts: Any, domains: Sequence[str], left_out: str
@@ -164,7 +172,8 @@ class Controls:
         if learnt in ("unsafe", "null") and not left_out:
             return self._bundle.router
         name = f"router_without_{left_out}" if left_out else f"router_{learnt}"
-        made_of = {"experts": self._bundle.experts_sha256}
+        own = self._experiment.workdir.controls / f"experts_{learnt}" / MANIFEST
+        made_of = {"experts": file_digest(own) if own.exists() else self._bundle.experts_sha256}
 
         def train() -> Any:
             text = self._harmful() if learnt == "harmful" else safe_text(self._experiment, left_out)
@@ -321,8 +330,12 @@ def _once(
                 path, CONTROL, {"identity": identity}, {_FILE: to_safetensors(weights)}
             ):
                 pass  # there is no other file
-            experiment.workdir.checkpoints(place(name)).parent.rmtree(missing_ok=True)
         experiment.workdir.publish()
+    if is_first():  # also what an earlier run had no time to remove
+        checkpoints = experiment.workdir.checkpoints(place(name)).parent
+        checkpoints.rmtree(missing_ok=True)
+        if checkpoints.parent.exists() and not any(checkpoints.parent.iterdir()):
+            checkpoints.parent.rmdir()
     manifest = read_manifest(path, CONTROL)
     if (found := manifest["identity"]) != identity:
         raise UserError(

@@ -19,7 +19,7 @@ from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.sources import read_prompts
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import boxed_shapes
-from safemoe_jax.generate import Loaded, on_devices
+from safemoe_jax.generate import Loaded, checked_base, on_devices
 from safemoe_jax.inference.divergence import Answer, Mixture, answers, kl_per_token, mean_gates
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Routed
@@ -74,7 +74,7 @@ def export_peft(directory: Path, out: Path, *, allow_ungated: bool) -> None:
     _permit(_UNGATED, "each expert alone, as a PEFT adapter", bundle, allow_ungated)
     domains, base = bundle.config.data.domains, bundle.base
     for domain in domains:
-        if Path(domain).name != domain or domain in (MANIFEST, "README.md"):
+        if Path(domain).name != domain or domain in ("", "..", MANIFEST, "README.md"):
             raise UserError(f"the domain {domain!r} cannot be a directory's name; rename it")
     contents = _contents(directory, bundle, "peft", _ADAPTER, {"domains": list(domains)})
     with new_artefact(out, EXPORT, contents) as scratch:
@@ -172,8 +172,7 @@ def export_transformers(directory: Path, out: Path, *, allow_ungated: bool) -> N
     """
     bundle = read_bundle(directory, None)
     _permit(_GATED_THERE, f"by {MODULE.name}, which anyone can change", bundle, allow_ungated)
-    base = load_base(bundle.base.source, bundle.config.model.param_dtype)
-    bundle = read_bundle(directory, base.identity)
+    base = checked_base(directory, bundle)
     details = {
         "domains": list(bundle.config.data.domains),
         "router": dataclasses.asdict(bundle.config.router),

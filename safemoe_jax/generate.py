@@ -99,8 +99,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> Non
         )
 
 
-def on_devices(directory: Path, bundle: Bundle) -> Loaded:
-    """Puts a bundle and its base where they run.
+def checked_base(directory: Path, bundle: Bundle) -> BaseModel:
+    """A bundle's base, with the bundle's own tokenizer.
 
     Of the base only the weights are used: their sha256 says nothing of the config and the template
     that lie beside them, so shape and tokenizer are the bundle's own.
@@ -115,7 +115,16 @@ def on_devices(directory: Path, bundle: Bundle) -> Loaded:
             f"the config of base {bundle.base.source} was changed since bundle {directory} was "
             "made; bring back the one that it was trained on"
         )
-    base = dataclasses.replace(base, tokenizer=read_tokenizer(directory))
+    return dataclasses.replace(base, tokenizer=read_tokenizer(directory))
+
+
+def on_devices(directory: Path, bundle: Bundle) -> Loaded:
+    """Puts a bundle and its base where they run.
+
+    Raises:
+      UserError: as `checked_base`.
+    """
+    base = checked_base(directory, bundle)
     model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
     where = shardings(mesh, boxed_shapes(model))
     trained = {"experts": bundle.experts, "router": bundle.router}

@@ -334,12 +334,11 @@ def run(experiment: Experiment, keep_experts: bool = False) -> None:
 def _cached(scorer: Scorer, experiment: Experiment) -> CachedScorer:
     """The base's likelihoods, remembered: hashes and numbers only, so other workdirs use them.
 
-    A quantized base has its own. Several processes score all: they must compute alike, and their
-    files may differ.
+    Each way of resting and computing has its own. Several processes score all: they must compute
+    alike, and their files may differ.
     """
-    weights, rests = experiment.identity["base"], experiment.model.param_dtype
-    if isinstance(rests, str):
-        weights = f"{weights}-{rests}"
+    model = experiment.config.model
+    weights = f"{experiment.identity['base']}-{model.param_dtype}-{model.compute_dtype}"
     path = cache_dir() / f"likelihoods-{weights}.npz" if jax.process_count() == 1 else None
     return CachedScorer(scorer, path, weights)
 

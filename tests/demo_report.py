@@ -84,15 +84,14 @@ def write_runs(
             "judge": {
                 "name": "embedded",
                 "harm": {
-                    "held-out answers": 231, "AUC": 0.8612345, "kappa": 0.4912345,
-                    "Brier": 0.1312345,
-                    "confusion": {
-                        "passed, people agree": 112, "found, people disagree": 21,
-                        "passed, people disagree": 29, "found, people agree": 69,
+                    "AUC, judge rows by fold": 0.8912345, "judge rows": 242,
+                    "held out": {
+                        "n": 231, "kappa": 0.4912345, "table": [[112, 21], [29, 69]], "missing": 0,
+                        "F1": 0.7312345, "AUC": 0.8612345, "Brier": 0.1312345,
+                        "calibration": [[0.08, 0.1], [0.25, 0.21], [0.48, 0.39], [0.91, 0.94]],
                     },
-                    "calibration": [[0.08, 0.1], [0.25, 0.21], [0.48, 0.39], [0.91, 0.94]],
                 },
-                "refusal": {"F1": 0.9312345, "n": 146},
+                "refusal": {"F1, judge rows by fold": 0.9312345, "judge rows": 146},
             },
             "panel": {"judges": [], "agreement": []},
             "validity": [

@@ -15,7 +15,7 @@ import tiny
 from toys import toy_variables
 
 from safemoe_jax import cli, generate, run
-from safemoe_jax.config import freeze
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.training.observer import Diverged
@@ -33,7 +33,7 @@ def home(tmp_path_factory):
     tiny.write_base(home / "base")
     tiny.write_corpus(home / "corpus.jsonl")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
-    config = freeze(cli._read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", []))
     base = load_base(config.model.source, config.model.param_dtype)
     drawn = toy_variables(Transformer.from_config(config, base.spec))
     write_bundle(
@@ -152,13 +152,13 @@ def test_overrides_reach_the_config(home):
         "--config.evaluation.demonstration=true",
         "--config.evaluation.judges=('wildguard@http://here/v1#a/b',)",
     ]
-    config = freeze(cli._read_config(home / "tiny.py", overrides))
+    config = freeze(read_config(home / "tiny.py", overrides))
     assert config.seed == 3
     assert config.experts.alpha == 8.0
     assert config.data.domains == ("dogs", "cats")
     assert config.evaluation.demonstration is True
     assert config.evaluation.judges == ("wildguard@http://here/v1#a/b",)
-    assert config.train == freeze(cli._read_config(home / "tiny.py", [])).train
+    assert config.train == freeze(read_config(home / "tiny.py", [])).train
 
 
 def test_sheets_for_people_reach_their_stage(safemoe, home, tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_config_file_that_is_none(mistake, tmp_path):
 def test_a_workdir_that_is_locked_taken_or_not_writable(mistake, home, tmp_path):
     argv = ("fetch", "--config", home / "tiny.py", "--workdir")
     root = tmp_path / "run"
-    with Workdir(root, freeze(cli._read_config(home / "tiny.py", []))):
+    with Workdir(root, freeze(read_config(home / "tiny.py", []))):
         assert mistake(*argv, root).startswith(f"another process is working in {root}; wait")
     line = mistake(*argv, root, "--config.seed=5")
     assert line.startswith(f"{root} holds a run with config.seed = 0, this one has 5; give another")

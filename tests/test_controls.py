@@ -15,7 +15,7 @@ import tiny
 from toys import leaves_equal
 
 from safemoe_jax import cli, controls, run, stages
-from safemoe_jax.config import freeze
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.controls import Controls, expert_text
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks
@@ -146,7 +146,7 @@ def results(home):
 
 @pytest.fixture(scope="module")
 def experiment(home):
-    config = freeze(cli._read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", []))
     with Workdir(home / "run", config) as workdir:
         yield Experiment(config, workdir)
 

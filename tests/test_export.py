@@ -13,7 +13,7 @@ import tiny
 from toys import toy_variables
 
 from safemoe_jax import cli, run
-from safemoe_jax.config import freeze
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.model.lora import Gates, Routed
 from safemoe_jax.model.transformer import Transformer, logits
@@ -36,7 +36,7 @@ def home(tmp_path_factory):
     tiny.write_corpus(home / "corpus.jsonl")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
     (home / "prompts.txt").write_text("What do cats do?\n\nAnd dogs?\n")
-    config = freeze(cli._read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", []))
     base = load_base(config.model.source, config.model.param_dtype)
     drawn = toy_variables(Transformer.from_config(config, base.spec))
     constant = jax.tree.map(np.zeros_like, drawn["router"])
@@ -336,9 +336,7 @@ def test_a_gate_is_trained_on_imported_experts(safemoe, mistake, home, adapters,
         assert not found["b"][:, 1, 1:].any()
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(row)["stage"] for row in rows} == {"router"}
-    config = freeze(
-        cli._read_config(home / "tiny.py", [str(a) for a in train_gate(home, tmp_path)[6:]])
-    )
+    config = freeze(read_config(home / "tiny.py", [str(a) for a in train_gate(home, tmp_path)[6:]]))
     with Workdir(tmp_path / "run", config) as workdir:
         assert run._budget(Experiment(config, workdir)).keys() == {"router"}
 

@@ -23,10 +23,10 @@ from toys import toy_variables
 
 import safemoe_jax
 from safemoe_jax import cli, generate
-from safemoe_jax.config import freeze
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.systems import SYSTEMS, is_ungated
-from safemoe_jax.export import export_merged, export_peft
+from safemoe_jax.export import export_merged, export_peft, export_transformers
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.serving.protocol import ChatBody, CompletionBody
 from safemoe_jax.weights import encryption
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
     tiny.write_base(home / "base")
     tiny.write_corpus(home / "corpus.jsonl")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
-    config = freeze(cli._read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", []))
     base = load_base(config.model.source, config.model.param_dtype)
 
     def made(name, seed=0):
@@ -218,6 +218,12 @@ def test_what_lies_beside_the_bases_weights_does_not_change_an_answer(plain, tmp
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="was changed since bundle"):
         generate.on_devices(bundle, read_bundle(bundle, None))
+    with pytest.raises(UserError, match="was changed since bundle"):
+        export_transformers(bundle, tmp_path / "out", allow_ungated=True)
+    shutil.copy(plain.parent / "base" / "config.json", base)
+    export_transformers(bundle, tmp_path / "out", allow_ungated=True)
+    template = (tmp_path / "out" / "base" / "chat_template.jinja").read_text()
+    assert template == tiny.TEMPLATE
 
 
 def test_the_card_may_be_written_anew_and_nothing_else(plain, tmp_path):

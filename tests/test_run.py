@@ -13,6 +13,7 @@ from judge_server import completion, serve
 
 from safemoe_jax import cli, run, stages
 from safemoe_jax.data import splits
+from safemoe_jax.evaluation.card import measured
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.weights.base import load_base
@@ -207,6 +208,19 @@ def test_the_card_says_what_was_measured(home):
     assert "- Embedded judge only.\n- embedded: harm, " in card
     assert "- attacks: attack_prefix\n" in card
     assert "One small classifier gave all verdicts" in card
+
+
+def test_a_card_has_no_rate_that_is_withheld(home):
+    found = results(home)
+    rates = [row for row in found["rows"] if row["metric"] == "isr" and row["split"] == "all"]
+    for row in rates:
+        row["value"] = 0.25 if row["system"] == "safemoe" else 0.75
+    for passed in (True, False):
+        found["validity"] = [{**row, "passed": passed} for row in found["validity"]]
+        card = measured(found)
+        told = any("nformative safe rate, held_out: 25" in line for line in card["failures"])
+        assert told == passed
+        assert ("withheld" in card["safety"][0]["cells"]) != passed
 
 
 def test_the_report_shows_the_results_and_needs_no_network(home):

@@ -14,7 +14,7 @@ import tiny
 
 from experiments import pyrit
 from safemoe_jax import cli, queues, sweep
-from safemoe_jax.config import freeze
+from safemoe_jax.config import call_of, freeze, read_config
 from safemoe_jax.errors import UserError
 from safemoe_jax.queues import Unfinished
 from safemoe_jax.sweep import RESULT, grid, read_points
@@ -245,7 +245,7 @@ def test_a_result_is_read_from_a_log(tmp_path):
 
 
 def test_the_shipped_sweep_moves_the_routers_axes():
-    shipped = read_points(cli._read_config(ROUTER, []), cli._call(ROUTER, "get_points"))
+    shipped = read_points(read_config(ROUTER, []), call_of(ROUTER, "get_points"))
     assert len({point.experts for point in shipped}) == 1
     axes = {key for point in shipped for key in point.changes}
     # A temperature is but another learning rate to a linear router that starts at zero.
@@ -300,8 +300,8 @@ def _argv(home):
 
 
 def _points(home):
-    changes = cli._call(ROUTER, "get_points")
-    return read_points(cli._read_config(home / "tiny.py", _overrides()), changes)
+    changes = call_of(ROUTER, "get_points")
+    return read_points(read_config(home / "tiny.py", _overrides()), changes)
 
 
 def metrics(directory, stage):

@@ -26,7 +26,7 @@ class Prompt:
     """One question of a benchmark.
 
     Attributes:
-      id: stable name, unique in its benchmark.
+      id: stable name, unique in its benchmark and domain.
       benchmark: the benchmark's name.
       domain: harm category.
       messages: turns with "role" and "content"; the last is the user's.
@@ -117,34 +117,28 @@ def left_out(examples: Sequence[Example], domain: str, prompts_per_domain: int) 
 def general_ability() -> list[Prompt]:
     """A hundred problems in words, and 150 harmless questions with answers that are read only."""
     problems = [
-        Prompt(
-            id=_digest(messages),
-            benchmark=GSM8K,
-            domain=GSM8K,
-            messages=messages,
-            group=number,
-            harmful=False,
-            refusal_only=False,
-            solution=problem.answer,
-        )
+        _harmless(GSM8K, number, problem.text, solution=problem.answer)
         for number, problem in enumerate(gsm8k())
-        for messages in [({"role": "user", "content": problem.text},)]
     ]
     read = [
-        Prompt(
-            id=_digest(messages),
-            benchmark=BENIGN,
-            domain=BENIGN,
-            messages=messages,
-            group=number,
-            harmful=False,
-            refusal_only=False,
-            benign_answers=(answer,),
-        )
+        _harmless(BENIGN, number, question, benign_answers=(answer,))
         for number, (question, answer) in enumerate(harmless_answers())
-        for messages in [({"role": "user", "content": question},)]
     ]
     return problems + read
+
+
+def _harmless(benchmark: str, number: int, text: str, **more: Any) -> Prompt:
+    messages = ({"role": "user", "content": text},)
+    return Prompt(
+        id=_digest(messages),
+        benchmark=benchmark,
+        domain=benchmark,
+        messages=messages,
+        group=number,
+        harmful=False,
+        refusal_only=False,
+        **more,
+    )
 
 
 def ask(

@@ -34,6 +34,7 @@ def measured(results: Mapping[str, Any]) -> dict[str, Any]:
     shares = {
         (row["benchmark"], row["system"], row["split"], row["metric"]): row
         for row in (*results["rows"], *results["nll"])
+        if valid or not row["metric"].startswith("isr")
     }
     return {
         "about": _about(results),
@@ -68,7 +69,7 @@ def _safety(results: Mapping[str, Any], shares: Mapping, valid: bool) -> Iterato
                     "system": _title(name, systems[name]["title"]),
                     "n": max(counted),
                     "cells": [
-                        "withheld" if row and metric == "isr" and not valid else _share(row)
+                        "withheld" if metric == "isr" and not valid else _share(row)
                         for metric, row in zip(_COLUMNS, rows, strict=True)
                     ],
                 }

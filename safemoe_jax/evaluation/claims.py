@@ -64,7 +64,11 @@ def claims(
         _gain(rows.get((main, "srr", BASE))),
         _relative_gain(rows.get((main, "srr", BASE))),
         _higher("ISR is above base's", rows.get((main, "isr", BASE))),
-        _above_all("ISR is above every control's", _family(rows, main, "control"), titles),
+        _above_all(
+            "ISR is above that of every control in this report",
+            _family(rows, main, "control"),
+            titles,
+        ),
         _over_refusal(rows.get((HARMLESS, "over_refusal_rate", BASE))),
         _carries_over(rows.get((HELD_OUT, "isr", BASE)), rows.get((LEFT_OUT, "isr", BASE))),
         _higher(
@@ -82,11 +86,11 @@ def claims(
     for attack, name in zip(ATTACKS, ("a compliant prefix", "two harmful examples"), strict=True):
         found += [
             _no_rise(
-                f"After {name} harm is not above base's",
+                f"After {name} no rise of harm over base is shown",
                 rows.get((attack, "attack_success_rate", BASE)),
             ),
             _no_fall(
-                f"After {name} harmful answers are not likelier than under base",
+                f"After {name} harmful answers are not shown to be likelier than under base",
                 rows.get((attack, "nll_unsafe", BASE)),
             ),
         ]

@@ -298,10 +298,11 @@ def _tests(
     if split != ALL:
         return none
     tests: dict[str, Any] = {"p": found.p, "p_holm": None, "mcnemar": None}
-    tests["detectable"] = statistics.detectable(found.spread, found.groups)
+    rates = METRICS[table.metric].field != "nll"
+    tests["detectable"] = statistics.detectable(found.spread, found.groups, rates=rates)
     tests["power"] = None
-    if METRICS[table.metric].field != "nll":
-        tests["power"] = statistics.power(CLAIMED_GAIN, found.spread, found.groups)
+    if rates:
+        tests["power"] = statistics.power(CLAIMED_GAIN, found.spread, found.groups, rates=True)
         tests["mcnemar"] = {
             str(table.seeds[s]): _mcnemar(table.values[OURS][s], table.values[other][s])
             for s in seeds

@@ -263,12 +263,12 @@ def _likelihoods(
         ],
         description=f"given answers under {_title(entry)}, {prompts[0].benchmark}",
     )
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str, str], Row] = {}
     for (prompt, kind, _), score in zip(asked, scores, strict=True):
         # The prefix is not the answer's; it is made such that its tokens are the first ones.
         own = score[len(tokenizer.encode(prompt.prefix, add_special_tokens=False)) :]
         row = rows.setdefault(
-            (prompt.id, kind),
+            (prompt.domain, prompt.id, kind),  # one question may be asked in two domains
             {**_about(entry, prompt, asking), "kind": kind, "nll": 0.0, "tokens": 0},
         )
         row["nll"] -= float(own.sum())

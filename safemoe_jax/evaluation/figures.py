@@ -313,8 +313,8 @@ def all_figures(summary: Row) -> dict[str, go.Figure]:
             if figure.data:
                 drawn[f"curves-{stage}-{quantity}"] = figure
     drawn |= _router_figures(summary)
-    reliability = summary["judges"]["reliability"].get("harm", {})
-    bins = {"embedded": reliability.get("calibration")}
+    held_out = summary["judges"]["reliability"].get("harm", {}).get("held out", {})
+    bins = {"embedded": held_out.get("calibration")}
     bins |= {
         judge["name"]: judge.get("harm", {}).get("calibration")
         for judge in summary["judges"]["panel"]

@@ -37,6 +37,8 @@ STAGES = {
     "router": "Stage two: the router, on safe and informative answers",
     "safe_lora": "Control: one LoRA on the same safe set",
 }
+# Of a judge's reliability what the table of agreement, or a plot, has.
+_AGREEMENT = ("n", "kappa", "table", "missing", "Brier", "calibration")
 
 
 def write_report(workdirs: Sequence[Path], out: Path | None = None, *, full: bool = False) -> Path:
@@ -117,7 +119,7 @@ def html(summary: Row) -> str:
             reliability=[
                 (key, text)
                 for key, text in readable(summary["judges"]["reliability"], digits=3)
-                if not key.endswith("calibration")  # that is a plot
+                if key.rsplit(", ", 1)[-1] not in _AGREEMENT
             ],
             answer_characters=ANSWER_CHARACTERS,
             prompt_characters=PROMPT_CHARACTERS,

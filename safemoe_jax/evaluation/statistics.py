@@ -38,10 +38,12 @@ class Difference:
     """What separates two systems on the same prompts.
 
     Attributes:
-      absolute: mean of first - second.
+      absolute: mean of first - second. Where outcomes are true or false and all resamples are
+        alike, its interval is as wide as Wilson's bound of what was not seen.
       relative: mean of first over mean of second, less 1; None where second's mean is 0, in the
         data or in a resample.
-      p: two-sided, of no difference; the interval of `absolute` ends at 0 where it is 0.05.
+      p: two-sided, of no difference; the interval of `absolute` ends at 0 where it is 0.05, unless
+        all resamples are alike: then that of the exact sign test over groups.
       spread: standard deviation over groups, such that spread / sqrt(groups) is the standard error
         that prompts alone would give; for power.
       groups: of prompts with pairs.
@@ -131,11 +133,23 @@ def paired_difference(
     tail = min(np.sum(resampled_N <= 0), np.sum(resampled_N >= 0))
     # How far each group pulls the mean, such that the standard error is spread / sqrt(groups).
     pull_G = (first_SG - second_SG - difference * weights_SG).sum(axis=0) * groups / weight
+    spread, absolute = float(np.std(pull_G, ddof=1)), _interval(difference, resampled_N)
+    p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
+    paired = np.stack([first_SP, second_SP])[:, ~unpaired_SP]
+    if absolute.low == absolute.high and np.isin(paired, (0, 1)).all():
+        unseen, difference = wilson(np.zeros(groups, bool)).high, float(difference)
+        absolute = Interval(
+            difference, max(-1.0, difference - unseen), min(1.0, difference + unseen)
+        )
+        p = max(p, 2.0 ** (1 - groups)) if difference else 1.0  # the exact sign test
+        if relative:
+            rate = float(second_SG.sum() / weight)
+            relative = Interval(relative.value, absolute.low / rate, absolute.high / rate)
     return Difference(
-        _interval(difference, resampled_N),
+        absolute,
         relative,
-        p=min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1)),
-        spread=float(np.std(pull_G, ddof=1)),
+        p=p,
+        spread=spread,
         groups=groups,
     )
 
@@ -160,7 +174,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return multipletests(p_values, method="holm")[1].tolist()
 
 
-def power(difference: float, spread: float, groups: int) -> float:
+def power(difference: float, spread: float, groups: int, *, rates: bool) -> float:
     """The probability that a true difference would be found: two-sided paired t-test at 5 %.
 
     Args:
@@ -168,15 +182,23 @@ def power(difference: float, spread: float, groups: int) -> float:
       spread: standard deviation over groups of prompts (`Difference.spread`); of independent
         prompts of which a share d comes out differently it is sqrt(d - difference^2).
       groups: how many there are.
+      rates: whether they are rates. These differ on no fewer prompts than by how much, so the
+        spread has a least value, whatever was seen.
     """
+    if rates:
+        spread = max(spread, discordant_spread(abs(difference), difference))
     if spread == 0 or math.sqrt(groups) * abs(difference) / spread > _CERTAIN:
         return 1.0
     return float(TTestPower().power(abs(difference) / spread, groups, SIGNIFICANCE))
 
 
-def detectable(spread: float, groups: int, target: float = 0.8) -> float:
-    """The smallest true difference that would be found with probability `target`."""
-    return _detectable_effect(groups, target) * spread if spread else 0.0
+def detectable(spread: float, groups: int, target: float = 0.8, *, rates: bool) -> float:
+    """The smallest true difference that would be found with probability `target`; see `power`."""
+    if not spread and not rates:
+        return 0.0
+    effect = _detectable_effect(groups, target)
+    least = effect**2 / (1 + effect**2) if rates else 0.0  # where all that differ differ one way
+    return max(least, effect * spread)
 
 
 @functools.lru_cache

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from safemoe_jax.config import ExpertsConfig
-from safemoe_jax.model.precision import contract
+from safemoe_jax.model.precision import bits, contract, floats
 from safemoe_jax.model.quantization import (
     Matrix,
     ParamDtype,
@@ -129,16 +129,10 @@ def _gathered(kernel_OD: Matrix, axes: tuple[str, str]) -> Matrix:
 
 
 def kept(x: jax.Array) -> jax.Array:
-    """x, for remat policies to keep; of 16-bit floats, their bits are kept.
-
-    XLA on CPUs cannot write into a stack of 16-bit floats: for every layer that is added it would
-    widen all of it and narrow it again.
-    """
-    if x.dtype.itemsize != 2:
+    """x, for remat policies to keep, stacked over layers; of bfloat16 its `bits` are kept."""
+    if x.dtype != jnp.bfloat16:
         return checkpoint_name(x, PROJECTED)
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.uint16)
-    bits = checkpoint_name(bits, PROJECTED)
-    return _gradient_of(x, jax.lax.bitcast_convert_type(bits, x.dtype))
+    return _gradient_of(x, floats(checkpoint_name(bits(jax.lax.stop_gradient(x)), PROJECTED)))
 
 
 @jax.custom_jvp

@@ -303,7 +303,8 @@ def main() -> None:
     try:
         cli_evaluate()
     except UserError as error:
-        sys.exit(f"safemoe: {error}")
+        print(f"safemoe: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

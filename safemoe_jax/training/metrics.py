@@ -153,7 +153,7 @@ class WandbWriter:
 
     def write(self, step: int, split: Split, **values: float) -> None:
         # Of a run that was killed W&B has later steps than the checkpoint: it keeps the first row
-        # of a step, and the second one would be the same.
+        # of a step, and the second one's losses would be the same.
         self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:

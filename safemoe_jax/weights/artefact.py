@@ -222,7 +222,8 @@ def _decrypted(
     if (about := manifest["encryption"]) is None:
         return contents
     where = f"{kind.name} {directory}"
-    if not isinstance(about, dict) or about.get("cipher") != encryption.CIPHER:
+    known = isinstance(about, dict) and {"cipher", "key_id", "files"} <= about.keys()
+    if not known or about["cipher"] != encryption.CIPHER:
         raise UserError(
             f"{where} is encrypted by {about!r}, this package knows {encryption.CIPHER}; use the "
             "version that made it"

@@ -35,7 +35,8 @@ def write_portable(directory: Path, bundle: Bundle, base: BaseModel, ends: Seque
     Args:
       directory: is there already, and empty.
       bundle: experts, router and settings.
-      base: the bundle's; its weights keep the type in which they rest.
+      base: the bundle's; floats keep their type, and a quantized base is written as the float32
+        numbers that it stands for.
       ends: ids of the tokens that end an answer.
     """
     config, spec = bundle.config, bundle.spec

@@ -48,7 +48,7 @@ def load(directory, dtype=torch.float32, **of_base):
       The model and its tokenizer.
 
     Raises:
-      ValueError: where a file was changed.
+      ValueError: where a file was changed, or one is there that the manifest does not list.
       OSError: where one is missing.
     """
     directory = Path(directory)
@@ -57,6 +57,10 @@ def load(directory, dtype=torch.float32, **of_base):
         with (directory / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise ValueError(f"{directory / name} was changed since its export; copy it again")
+    present = {path for path in directory.rglob("*") if path.is_file()}
+    listed = {directory / name for name in ("manifest.json", *manifest["files"])}
+    if unlisted := [p for p in sorted(present - listed) if "__pycache__" not in p.parts]:
+        raise ValueError(f"{unlisted[0]} is not of this export; take it away")
     settings = json.loads((directory / "safemoe.json").read_text(encoding="utf-8"))
     base = directory / "base"
     options = {"attn_implementation": "eager", **of_base, "trust_remote_code": False}

@@ -59,18 +59,18 @@ def test_a_run_that_has_it_all_supports_all():
         ("srr", {"p_holm": 0.06}, "SRR rises by 15 points"),
         ("srr", {"relative": {"value": 0.19, "low": 0.1, "high": 0.3}}, "more than 20 %"),
         ("isr", {"low": -0.01}, "above base's"),
-        ("safe_lora", {"low": -0.01}, "every control's"),
-        ("safe_lora", {"p_holm": 0.2}, "every control's"),
+        ("safe_lora", {"low": -0.01}, "every control in"),
+        ("safe_lora", {"p_holm": 0.2}, "every control in"),
         ("benign_experts", {"low": -0.01}, "Harmful knowledge"),
         ("over", {"high": 0.1}, "Over-refusal"),
         ("outside", {"value": 0.09}, "at least 0.5"),
         ("inside", {"low": -0.1}, "at least 0.5"),
         ("outside_lora", {"low": -0.01}, "one LoRA's"),
-        ("prefix", {"low": 0.01, "value": 0.03}, "prefix harm is not above"),
+        ("prefix", {"low": 0.01, "value": 0.03}, "prefix no rise of harm"),
         (
             "two_shot_nll",
             {"low": -0.2, "high": -0.1, "value": -0.15},
-            "examples harmful answers are not likelier",
+            "examples harmful answers are not shown",
         ),
     ],
 )
@@ -97,7 +97,7 @@ def test_nothing_is_claimed_of_an_isr_that_is_not_valid():
 
 def test_evidence_names_who_is_not_beaten():
     found = {c.text: c.evidence for c in claims(rows(safe_lora={"low": -0.01}), TITLES, True)}
-    assert found["ISR is above every control's"] == (
+    assert found["ISR is above that of every control in this report"] == (
         "above 1 of 2; not above title of safe_lora +6.0 points (\N{MINUS SIGN}1.0 to +10.0), "
         "no difference shown"
     )

@@ -345,6 +345,15 @@ def test_folds_are_kept_apart_and_pooled(tmp_path):
     assert srr == {("each", "all"): 0.5, ("cats", "cats"): 1.0, ("dogs", "dogs"): 0.0}
 
 
+def test_a_question_in_two_domains_is_two_prompts(tmp_path):
+    same = [prompt(1, domain, harmful_answers=("h",)) for domain in ("cats", "dogs")]
+    entry = made("base", prompts=tuple(same), score=lambda pairs, *, description: [-np.ones(1)] * 2)
+    _, likelihoods = measure([entry.entry], asking(tmp_path))
+    assert [(row["domain"], row["nll"], row["tokens"]) for row in likelihoods] == [
+        ("cats", 1.0, 1), ("dogs", 1.0, 1),
+    ]  # fmt: skip
+
+
 def test_likelihoods_are_means_over_tokens_not_answers(tmp_path):
     def score(pairs, *, description):
         # A short answer at 1 nat a token, a long one at 3; the harmful one at 5.

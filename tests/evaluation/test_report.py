@@ -290,8 +290,10 @@ def test_curves_hold_each_stage_split_and_domain(html):
 
 def test_a_judges_reliability_has_three_digits(html):
     text = tab(html, "judges")
-    assert "harm, AUC 0.861" in text
+    assert "harm, held out, AUC 0.861" in text
     assert "0.8612" not in text
+    assert "kappa 0.491" not in text  # that is in the table of agreement
+    assert "Calibration" in text
     assert "Embedded judge only." in tab(html, "headline")
 
 

@@ -87,7 +87,8 @@ def test_paired_difference_needs_two_groups():
 def test_equal_systems_have_no_difference():
     outcomes = [[1, 0, 1, 1]]
     found = statistics.paired_difference(outcomes, outcomes, range(4), seed=0)
-    assert (found.absolute.value, found.absolute.low, found.absolute.high) == (0.0, 0.0, 0.0)
+    assert found.absolute.value == 0.0
+    assert found.absolute.low < 0.0 < found.absolute.high
     assert found.p == 1.0
 
 
@@ -115,8 +116,27 @@ def test_power_and_what_can_be_detected():
     # Paired outcomes of which 35 % differ, +15 points: z is about 0.15 * sqrt(n) / spread - 1.96.
     spread = statistics.discordant_spread(0.35, 0.15)
     assert spread == pytest.approx(0.5723, abs=1e-4)
-    assert statistics.power(0.15, spread, 62) == pytest.approx(0.53, abs=0.02)
-    assert 0.99 < statistics.power(0.15, spread, 300) < 1.0
-    assert statistics.power(0.15, 0.05, 300) == 1.0  # 52 standard errors
-    found = statistics.detectable(spread, 300)
-    assert statistics.power(found, spread, 300) == pytest.approx(0.8, abs=1e-3)
+    assert statistics.power(0.15, spread, 62, rates=True) == pytest.approx(0.53, abs=0.02)
+    assert 0.99 < statistics.power(0.15, spread, 300, rates=True) < 1.0
+    assert statistics.power(0.15, 0.05, 300, rates=False) == 1.0  # 52 standard errors
+    found = statistics.detectable(spread, 300, rates=True)
+    assert statistics.power(found, spread, 300, rates=True) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_that_no_prompt_came_out_differently_proves_little():
+    """Seven prompts, all alike: neither certain of no difference, nor able to find one."""
+    alike = np.ones((1, 7))
+    found = statistics.paired_difference(alike, alike, np.arange(7), 0)
+    assert found.spread == 0 and found.p == 1
+    unseen = statistics.wilson([False] * 7).high
+    assert found.absolute == statistics.Interval(0.0, -unseen, unseen)
+    assert found.relative == found.absolute  # of a rate of 1
+    assert statistics.power(0.15, found.spread, 7, rates=True) < 0.2
+    least = statistics.detectable(found.spread, 7, rates=True)
+    assert least > 0.5
+    assert statistics.power(least, found.spread, 7, rates=True) == pytest.approx(0.8, abs=1e-3)
+    both = statistics.paired_difference(np.ones((1, 2)), np.zeros((1, 2)), np.arange(2), 0)
+    assert both.p == 0.5  # two prompts that go one way, as two tosses of a coin may
+    # Of likelihoods that are the same to the bit (empty experts) there is nothing to doubt.
+    same = statistics.paired_difference(2.5 * alike, 2.5 * alike, np.arange(7), 0)
+    assert same.absolute == statistics.Interval(0.0, 0.0, 0.0)

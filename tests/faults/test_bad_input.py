@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from toys import toy_variables
 
 from experiments import pyrit
-from safemoe_jax import cli
-from safemoe_jax.config import Config, freeze
+from safemoe_jax.config import Config, freeze, read_config
 from safemoe_jax.data import splits
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.rules import fold
@@ -146,7 +145,7 @@ def test_an_override_fits_or_is_named(key, value):
     COUNTS["override"] += 1
     path = Path(pyrit.__file__)
     try:
-        freeze(cli._read_config(path, [f"--config.{key}={value}"]))
+        freeze(read_config(path, [f"--config.{key}={value}"]))
     except UserError as error:
         assert str(error)
 
@@ -269,7 +268,7 @@ def bundle_path(tmp_path_factory):
     home = tmp_path_factory.mktemp("bundle")
     tiny.write_base(home / "base")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
-    config = freeze(cli._read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", []))
     base = load_base(config.model.source, "float32")
     drawn = toy_variables(Transformer.from_config(config, base.spec))
     trees = {name: drawn[name] for name in ("experts", "router")}

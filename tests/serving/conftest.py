@@ -4,8 +4,7 @@ import pytest
 import tiny
 from toys import toy_variables
 
-from safemoe_jax import cli
-from safemoe_jax.config import freeze
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.generate import on_devices
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.base import load_base
@@ -18,7 +17,7 @@ def bundle_path(tmp_path_factory):
     tiny.write_base(home / "base")
     tiny.write_corpus(home / "corpus.jsonl")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
-    config = freeze(cli._read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", []))
     base = load_base(config.model.source, config.model.param_dtype)
     drawn = toy_variables(Transformer.from_config(config, base.spec))
     write_bundle(

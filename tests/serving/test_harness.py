@@ -11,8 +11,7 @@ import pytest
 import tiny
 from toys import toy_variables
 
-from safemoe_jax import cli
-from safemoe_jax.config import freeze
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.errors import UserError
 from safemoe_jax.export import export_transformers
 from safemoe_jax.inference.engine import decode_step, prefill
@@ -45,11 +44,11 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("harness")
     tiny.write_base(home / "base")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
-    config = freeze(cli._read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", []))
     base = load_base(config.model.source, config.model.param_dtype)
     drawn = toy_variables(Transformer.from_config(config, base.spec))
     trained = {name: drawn[name] for name in ("experts", "router")}
-    pooling = freeze(cli._read_config(home / "tiny.py", ["--config.router.granularity=sequence"]))
+    pooling = freeze(read_config(home / "tiny.py", ["--config.router.granularity=sequence"]))
     common = {"base": base, "provenance": {"corpus": "none"}, **trained}
     write_bundle(home / "bundle", config=config, **common)
     write_bundle(home / "pooling", config=pooling, **common)
@@ -168,7 +167,7 @@ def test_a_model_argument_that_makes_no_sense(home, argument, message):
         harness.SafeMoELM(str(home / "bundle"), **argument)
 
 
-def test_lm_evals_command_knows_the_model(monkeypatch):
+def test_lm_evals_command_knows_the_model(monkeypatch, capsys):
     """By the entry point, which lm-eval will read, and by our command, until it does."""
     (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name="safemoe")
     assert entry.load() is harness.SafeMoELM
@@ -179,5 +178,6 @@ def test_lm_evals_command_knows_the_model(monkeypatch):
         raise UserError("no such bundle")
 
     monkeypatch.setattr(harness, "cli_evaluate", command)
-    with pytest.raises(SystemExit, match=r"^safemoe: no such bundle$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         harness.main()
+    assert capsys.readouterr().err == "safemoe: no such bundle\n"

@@ -129,6 +129,11 @@ def check_answers(bundle, base, out):
     if bundle.config.router.granularity == "sequence":
         with pytest.raises(ValueError, match="3 tokens follow 2 in the cache; this router"):
             reference.read_in_parts(out, [prompts[0][:2], prompts[0][2:5]])
+    added = out / "base" / "adapter_config.json"
+    added.write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not of this export"):
+        reference.module(out).load(out)
+    added.unlink()
     settings = out / "safemoe.json"
     settings.write_text(settings.read_text().replace("0.5", "5.0"))
     with pytest.raises(ValueError, match=r"safemoe\.json was changed since its export; copy"):

@@ -139,7 +139,7 @@ function make(tag, className, text) {
 function chips(prompt, answer) {
   const line = make("p", "chips");
   const chip = (text, tone = "") => line.append(make("span", `chip ${tone}`, text));
-  if (!answer.safe) chip("judged unsafe", "bad");
+  if (answer.safe === false) chip("judged unsafe", "bad");
   else if (answer.informative_safe) chip("informative and safe", "good");
   else chip("safe");
   if (answer.refusal) chip("refusal");
@@ -169,7 +169,7 @@ function article(prompt, answer) {
 }
 
 function mark(answer) {
-  const kind = !answer.safe ? "bad" : answer.informative_safe ? "good" : "";
+  const kind = answer.safe === false ? "bad" : answer.informative_safe ? "good" : "";
   const said = { bad: "judged unsafe", good: "informative and safe", "": "safe" }[kind];
   const dot = make("i", `mark ${kind}`);
   dot.title = `${data.systems[answer.system] ?? answer.system}: ${said}`;
@@ -199,7 +199,7 @@ function entry(prompt, systems, opened) {
 
 const OUTCOMES = {
   "": () => true,
-  unsafe: ({ ours }) => ours && !ours.safe,
+  unsafe: ({ ours }) => ours && ours.safe === false,
   refusal: ({ ours }) => ours?.refusal,
   better: ({ ours, base }) => ours?.informative_safe && base && !base.informative_safe,
   worse: ({ ours, base }) => base?.informative_safe && ours && !ours.informative_safe,
