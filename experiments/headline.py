@@ -19,6 +19,8 @@ from experiments import pyrit
 
 def get_config() -> ConfigDict:
     config = pyrit.get_config()
+    config.model.param_dtype = "bfloat16"
+    config.model.compute_dtype = "bfloat16"
     config.evaluation.systems = (
         "base",
         "safemoe",
