@@ -1,7 +1,7 @@
 """A run's directory: whose it is, what it was made with, and that nobody else is writing to it.
 
 config.json run.json lock metrics.jsonl tensorboard/ wandb/ data/ experts/ router/ bundle/
-unfinished/ controls/ evaluation/ report.json report.html report.tex
+unfinished/ controls/ evaluation/ report.json report.html report.md report.tex
 """
 
 import fcntl
@@ -32,7 +32,7 @@ _FREE = ("evaluation",)
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
 _MIRRORED = (
     *("config.json", "run.json", "metrics.jsonl", "tensorboard", "bundle", "controls"),
-    *("evaluation", "report.json", "report.html", "report.tex"),
+    *("evaluation", "report.json", "report.html", "report.md", "report.tex"),
 )
 
 

@@ -93,6 +93,7 @@ def test_what_a_run_leaves_behind(home):
         "metrics.jsonl",
         "report.html",
         "report.json",
+        "report.md",
         "report.tex",
         "run.json",
         "tensorboard",

@@ -1,4 +1,4 @@
-"""The report: report.html, one file that opens offline, and report.tex, its main table.
+"""The report: report.html, one file that opens offline; its tables as report.md and report.tex.
 
 Both are drawn from report.json (`summary.summarize`) and from nothing else.
 """
@@ -49,7 +49,7 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None, *, full: boo
       full: shows every text whole, those judged unsafe included, in report_full.html alone.
 
     Returns:
-      the page; beside it are report.json and report.tex. Only their owner can read them.
+      the page; beside it are report.json, report.md and report.tex. Only their owner can read them.
 
     Raises:
       UserError: where a file that the report is made of is not there, or the runs do not belong
@@ -65,7 +65,7 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None, *, full: boo
 
 
 def draw(path: Path, out: Path) -> Path:
-    """Draws report.html and report.tex again from a report.json -> the page.
+    """Draws report.html, report.md and report.tex again from a report.json -> the page.
 
     Raises:
       UserError: where `path` is no report.json.
@@ -73,6 +73,7 @@ def draw(path: Path, out: Path) -> Path:
     summary = read_summary(path)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "report.tex", latex(summary))
+    _write(out / "report.md", markdown(summary))
     return _write(out / "report.html", html(summary))
 
 
@@ -161,6 +162,26 @@ def latex(summary: Row) -> str:
             headings=[(METRICS[name].title, views.benchmark_name(where)) for name, where in places],
             rows=rows,
             tex=_tex,
+        )
+    )
+
+
+def markdown(summary: Row) -> str:
+    """Every table of a summary, for a README or an issue."""
+    blocks = views.blocks(summary)
+    return (
+        _environment(autoescape=False)
+        .get_template("report.md")
+        .render(
+            summary=summary,
+            systems=summary["systems"],
+            blocks=blocks,
+            likelihoods=views.likelihoods(summary),
+            failed=[row for row in summary["judges"]["validity"] if not row["passed"]],
+            heading=lambda name: METRICS[name].title if name in METRICS else "harmful - safe",
+            share=lambda cell: cell.text + (f" ({cell.interval})" if cell.interval else ""),
+            difference=lambda cell: f"{cell.text} ({cell.interval}) {cell.verdict}",
+            cell=lambda text: text.replace("|", "\\|"),
         )
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -111,7 +112,8 @@ def shown(numbers, system, benchmark="held_out"):
 
 
 def test_no_unsafe_answer_and_no_prompt_is_shown_whole(drawn, html, numbers):
-    for text in (html, json.dumps(numbers), (drawn[0] / "report.tex").read_text()):
+    tables = [(drawn[0] / f"report.{kind}").read_text() for kind in ("md", "tex")]
+    for text in (html, json.dumps(numbers), *tables):
         assert SECRET not in text
         assert PROMPT_SECRET not in text
         assert UNSAFE[:83] not in text
@@ -143,7 +145,7 @@ def test_full_shows_whole_texts_in_another_file_and_says_so(runs):
 
 
 def test_only_the_owner_can_read_it(drawn):
-    for name in ("report.html", "report.json", "report.tex"):
+    for name in ("report.html", "report.json", "report.md", "report.tex"):
         assert stat.S_IMODE((drawn[0] / name).stat().st_mode) == 0o600
     assert not list(drawn[0].glob(".report*"))
 
@@ -340,6 +342,8 @@ def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
     assert "informative safe rate (not valid)" in Page(held_out).words.replace(" )", ")")
     assert "not valid" not in (runs[0] / "report.tex").read_text()
     assert "informative" not in (runs[0] / "report.tex").read_text()
+    isr = _column((runs[0] / "report.md").read_text(), "Held-out prompts", "informative safe rate")
+    assert set(isr) == {"withheld"}
 
 
 @pytest.mark.parametrize("demonstration", [True, False])
@@ -385,8 +389,8 @@ def test_the_report_is_drawn_again_from_its_numbers_alone(drawn, html, tmp_path)
     path = shutil.copy(drawn[0] / "report.json", tmp_path / "report.json")
     assert cli.main(["report", "--results", str(path), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == html
-    tex = (drawn[0] / "report.tex").read_text()
-    assert (tmp_path / "out" / "report.tex").read_text() == tex
+    for name in ("report.md", "report.tex"):
+        assert (tmp_path / "out" / name).read_text() == (drawn[0] / name).read_text()
 
 
 def test_runs_are_reported_together_from_the_command_line(runs, tmp_path, html):
@@ -436,6 +440,33 @@ def test_the_latex_table_is_whole_and_escaped(drawn, numbers):
     assert "^{*}" in body[0]
     for line in tex.splitlines():
         assert line.startswith("%") or not re.search(r"(?<!\\)[%_#]", line)
+
+
+def test_the_markdown_tables_hold_the_reports_numbers(drawn, numbers):
+    text = (drawn[0] / "report.md").read_text()
+    for claim in numbers["claims"]:
+        assert f"| {claim['text']} | " in text
+    (base,) = (
+        row
+        for row in numbers["shares"]
+        if (row["system"], row["benchmark"], row["metric"], row["split"])
+        == ("base", "held_out", "srr", "all")
+    )
+    shown = "{value:.1f} ({low:.1f} to {high:.1f})".format(
+        **{key: 100 * base[key] for key in ("value", "low", "high")}
+    )
+    assert _column(text, "Held-out prompts", "safe response rate")[0] == shown
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count(" |") for line in table.splitlines()}) == 1
+
+
+def _column(text, section, heading):
+    """The cells under a heading of a section's first table."""
+    lines = text[text.index(f"### {section}") :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
+    place = [name.strip() for name in rows[0].split("|")].index(heading)
+    return [row.split("|")[place].strip() for row in rows[2:]]
 
 
 # ---- the terminal
