@@ -142,10 +142,23 @@ def _parser() -> argparse.ArgumentParser:
             )
         if verb == "report":
             sub.usage += (
-                " [--full]\n       safemoe report --runs DIR [DIR ...] [--out DIR] [--full]"
+                " [--full | --no-texts]"
+                "\n       safemoe report --runs DIR [DIR ...] [--out DIR] [--full | --no-texts]"
                 "\n       safemoe report --results report.json [--out DIR]"
             )
-            sub.add_argument("--full", action="store_true", help="whole texts, unsafe ones too")
+            texts = sub.add_mutually_exclusive_group()
+            for option, value, about in (
+                ("--full", "whole", "whole texts, unsafe ones too"),
+                ("--no-texts", "none", "no prompt and no answer, as some benchmarks' licences ask"),
+            ):
+                texts.add_argument(
+                    option,
+                    action="store_const",
+                    dest="texts",
+                    const=value,
+                    default="cut",
+                    help=about,
+                )
             sub.add_argument(
                 "--runs",
                 type=Path,
@@ -321,7 +334,7 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
             "evaluate": lambda: run.evaluate(
                 experiment, arguments.import_humans, arguments.export_for_humans
             ),
-            "report": lambda: run.report(experiment, arguments.full),
+            "report": lambda: run.report(experiment, arguments.texts),
             "run": lambda: run.run(experiment, arguments.keep_experts),
         }
         verbs[arguments.verb]()
@@ -352,9 +365,11 @@ def _report(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             "--results FILE"
         )
     if arguments.results is None:
-        page = write_report(arguments.runs, arguments.out, full=arguments.full)
-    elif arguments.full:
-        raise UserError("--full needs the answers; give --runs DIR ... instead of --results")
+        page = write_report(arguments.runs, arguments.out, texts=arguments.texts)
+    elif arguments.texts != "cut":
+        raise UserError(
+            "--full and --no-texts are of runs; give --runs DIR ... instead of --results"
+        )
     else:
         page = draw(arguments.results, arguments.out or arguments.results.parent)
     print(f"report: {page}")

@@ -38,6 +38,7 @@ from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
 from safemoe_jax.evaluation.prompt_sets import Named, resolve
 from safemoe_jax.evaluation.report import write_report
+from safemoe_jax.evaluation.summary import Texts
 from safemoe_jax.evaluation.systems import (
     ATTACKED_SYSTEMS,
     LEFT_OUT_SYSTEMS,
@@ -312,10 +313,10 @@ def _count(experiment: Experiment, key: str, sets: Sequence[Named]) -> dict[str,
     return ledger.record(cache_dir() / "test_evaluations.jsonl", key, parts)
 
 
-def report(experiment: Experiment, full: bool = False) -> None:
+def report(experiment: Experiment, texts: Texts = "cut") -> None:
     """Writes the report of what has been evaluated."""
     if is_first():
-        console.print(f"report: {write_report([experiment.workdir.root], full=full)}")
+        console.print(f"report: {write_report([experiment.workdir.root], texts=texts)}")
 
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:

@@ -18,6 +18,7 @@ from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, HARMLESS, METRICS, 
 from safemoe_jax.evaluation.summary import (
     ANSWER_CHARACTERS,
     PROMPT_CHARACTERS,
+    Texts,
     read_summary,
     summarize,
 )
@@ -40,13 +41,16 @@ STAGES = {
 _AGREEMENT = ("n", "kappa", "table", "missing", "Brier", "calibration")
 
 
-def write_report(workdirs: Sequence[Path], out: Path | None = None, *, full: bool = False) -> Path:
+def write_report(
+    workdirs: Sequence[Path], out: Path | None = None, *, texts: Texts = "cut"
+) -> Path:
     """Writes the report of evaluated runs of one experiment, a seed each.
 
     Args:
       workdirs: of the runs; what a work directory holds is in `summary.summarize`.
       out: the directory to write to; default: the first work directory.
-      full: shows every text whole, those judged unsafe included, in report_full.html alone.
+      texts: "whole" shows every text whole, those judged unsafe included, in report_full.html
+        alone; "none" shows no prompt and no answer.
 
     Returns:
       the page; beside it are report.json, report.md and report.tex. Only their owner can read them.
@@ -56,9 +60,9 @@ def write_report(workdirs: Sequence[Path], out: Path | None = None, *, full: boo
         together.
     """
     out = out or workdirs[0]
-    summary = summarize(workdirs, full=full)
+    summary = summarize(workdirs, texts=texts)
     out.mkdir(parents=True, exist_ok=True)
-    if full:
+    if texts == "whole":
         return _write(out / "report_full.html", html(summary))
     _write(out / "report.json", json.dumps(summary))
     return draw(out / "report.json", out)

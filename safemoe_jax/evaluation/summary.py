@@ -1,8 +1,8 @@
 """From evaluated runs to report.json: every number of the report, and no text that must not leave.
 
 An answer that any judge found unsafe is in it by its sha256, its verdicts and its first 80
-characters, a prompt by its first 160. Only `full=True` leaves texts whole, for a file of another
-name.
+characters, a prompt by its first 160. Only "whole" leaves texts as they are, for a file of another
+name; "none" leaves them out, where a benchmark's licence keeps its prompts from being passed on.
 
 Shape letters: L layers, E experts.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,15 +31,16 @@ _CURVES = ("stage", "step", "split")
 _SAID = ("safe", "refusal", "on_topic", "degenerate", "informative_safe")
 
 Row = dict[str, Any]
+Texts = Literal["none", "cut", "whole"]
 
 
-def summarize(workdirs: Sequence[Path], *, full: bool = False) -> Row:
+def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
     """Puts the runs of one experiment, a seed each, together.
 
     Args:
       workdirs: each holds metrics.jsonl, run.json, config.json, evaluation/answers.jsonl and
         evaluation/results.json. Answers and curves are of the first; numbers are of all.
-      full: leaves all texts whole.
+      texts: what of prompts and answers is in it.
 
     Raises:
       UserError: where a file is not there, two runs have the same seed, or they are not of one
@@ -67,12 +68,13 @@ def summarize(workdirs: Sequence[Path], *, full: bool = False) -> Row:
             differences += comparisons.differences(part, split, seed)
     differences = comparisons.correct(differences, first["systems"])
     failed = [row for each in results for row in each["validity"] if not row["passed"]]
-    answers = _json_lines(workdirs[0] / "evaluation" / "answers.jsonl")
+    path = workdirs[0] / "evaluation" / "answers.jsonl"
+    answers = [] if texts == "none" else _json_lines(path)
     return {
         "schema": SCHEMA,
         "name": workdirs[0].name,
         "demonstration": any(each["demonstration"] for each in results),
-        "full": full,
+        "full": texts == "whole",
         "split": first["provenance"]["split"],
         "domains": first["domains"],
         "systems": first["systems"],
@@ -108,8 +110,8 @@ def summarize(workdirs: Sequence[Path], *, full: bool = False) -> Row:
         },
         "test_evaluations": [each.get("test_evaluations", {}) for each in results],
         "curves": _curves(_json_lines(workdirs[0] / "metrics.jsonl")),
-        "answers": _shown_answers(answers, full),
-        "gated": _gated_answers(answers, full),
+        "answers": _shown_answers(answers, texts == "whole"),
+        "gated": _gated_answers(answers, texts == "whole"),
         "runs": [
             {
                 "workdir": workdir.name,

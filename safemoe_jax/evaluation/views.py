@@ -82,6 +82,7 @@ def pages(summary: Row) -> dict[str, str]:
     empty = {
         "routing": not summary["router"],
         "training": not summary["curves"],
+        "answers": not summary["answers"],
         "attacks": not benchmarks & set(ATTACKS) and not summary["experts"],
     }
     return {name: title for name, title in _PAGES.items() if not empty.get(name)}

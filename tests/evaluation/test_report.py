@@ -135,13 +135,22 @@ def test_tokens_of_an_unsafe_answer_end_where_its_text_is_cut(html, numbers):
 
 
 def test_full_shows_whole_texts_in_another_file_and_says_so(runs):
-    path = write_report(runs, full=True)
+    path = write_report(runs, texts="whole")
     assert path == runs[0] / "report_full.html"
     html = path.read_text(encoding="utf-8")
     assert SECRET in html
     assert PROMPT_SECRET in html
     assert "Do not pass it on" in tab(html, "headline")
     assert SECRET not in (runs[0] / "report.json").read_text()
+
+
+def test_without_texts_the_numbers_stay(runs, numbers):
+    path = write_report(runs, texts="none")
+    found = json.loads((runs[0] / "report.json").read_text())
+    assert {**found, "answers": [], "gated": []} == {**numbers, "answers": [], "gated": []}
+    for text in (path.read_text(encoding="utf-8"), json.dumps(found)):
+        assert not re.search(r"Fill the|Wet kettles|Pour the whole|rather not say", text)
+    assert 'id="tab-answers"' not in path.read_text(encoding="utf-8")
 
 
 def test_only_the_owner_can_read_it(drawn):
@@ -405,7 +414,7 @@ def test_runs_are_reported_together_from_the_command_line(runs, tmp_path, html):
         ([], "say what to report"),
         (["--results", "no.json"], "no.json is not there"),
         (["--results", "RUN/config.json"], "is no report.json of this version"),
-        (["--results", "RUN/report.json", "--full"], "--full needs the answers"),
+        (["--results", "RUN/report.json", "--full"], "--full and --no-texts are of runs"),
         (["--runs", "RUN", "RUN"], "both have seed 0"),
         (["--runs", "RUN", "--results", "RUN/report.json"], "say what to report"),
         (["--runs", "RUN", "--nonsense"], "unknown argument '--nonsense'"),

@@ -1,5 +1,6 @@
 """The report in headless Chromium, as a reader would use it: by pointer and by keyboard."""
 
+import json
 import os
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from safemoe_jax.evaluation import statistics
-from safemoe_jax.evaluation.report import write_report
+from safemoe_jax.evaluation.report import draw, write_report
 
 TABS = (
     "headline", "systems", "domains", "attacks", "routing", "training", "answers", "judges",
@@ -133,6 +134,17 @@ def test_answers_are_filtered_and_shown_as_text(page):
     page.locator("[name=system][value=base]").uncheck()
     expect(page.locator("#found")).to_contain_text("nothing fits")
     assert demo_report.SECRET not in page.content()
+
+
+def test_without_texts_the_rest_is_drawn(page, path, tmp_path):
+    summary = json.loads((path.parent / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**summary, "answers": [], "gated": []}))
+    page.goto(draw(tmp_path / "report.json", tmp_path).as_uri())
+    for name in TABS:
+        if name != "answers":
+            page.locator(f"#tab-{name}").click()
+            expect(page.locator("[role=tabpanel]:visible")).to_have_attribute("id", name)
+    assert not page.locator("#tab-answers").count()
 
 
 def test_an_unsafe_answer_shows_its_hash_and_80_characters(page):

@@ -209,8 +209,7 @@ const OUTCOMES = {
     ),
 };
 
-function filters() {
-  const form = document.getElementById("filters");
+function filters(form) {
   const list = document.getElementById("list");
   const more = document.getElementById("more");
   const page = 25;
@@ -318,7 +317,8 @@ function gatesOverText(texts) {
   paint();
 }
 
-filters();
+const form = document.getElementById("filters");
+if (form) filters(form);
 const texts = document.getElementById("texts");
 if (texts) gatesOverText(texts);
 select(named(location.hash) ?? tabs[0]);
