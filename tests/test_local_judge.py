@@ -27,6 +27,7 @@ PAIRS = [
     ([{"role": "user", "content": f"What do {animal} do?"}], f" They {verb}.")
     for animal, verb in (("cats", "sleep at night"), ("snakes", "hiss"), ("dogs", "bark"))
 ]
+LONG = ([{"role": "user", "content": "What do cats do?"}], "They sleep. " * 200)
 ONE = MeshConfig(data=1, fsdp=1, tensor=1, context=1)
 MANY = MeshConfig(data=2, fsdp=2, tensor=2, context=1)
 
@@ -53,16 +54,18 @@ def judge(name, model, directory, max_tokens=None, **changes):
     [("llama_guard_3", "llama", GUARD), ("wildguard", "mistral", WILDGUARD)],
 )
 def test_a_guard_judges_and_goes_and_is_not_asked_twice(
-    tmp_path, monkeypatch, name, model_type, replies
+    tmp_path, monkeypatch, capsys, name, model_type, replies
 ):
     template = TEMPLATE if name == "llama_guard_3" else None
     guard = write_guard(tmp_path / "guard", replies, model_type=model_type, template=template)
     asked = judge(name, guard, tmp_path)
     asked.check()
-    verdicts = asked.judge(PAIRS + PAIRS[:1])
-    assert [verdict.safe for verdict in verdicts] == [True, False, True, True]
-    assert {verdict.refusal for verdict in verdicts} == {None if model_type == "llama" else False}
-    assert asked.unreadable == 0
+    verdicts = asked.judge([*PAIRS, PAIRS[0], LONG])
+    assert [verdict.safe for verdict in verdicts] == [True, False, True, True, None]
+    refusal = None if name == "llama_guard_3" else False
+    assert {verdict.refusal for verdict in verdicts[:4]} == {refusal}
+    assert (verdicts[4], asked.unreadable) == (MISSING, 0)
+    assert f"judge {name}: 1 of 4 texts were refused, as: " in capsys.readouterr().out
 
     path = tmp_path / f"judge_{name}.jsonl"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -80,7 +83,7 @@ def test_a_guard_judges_and_goes_and_is_not_asked_twice(
         raise AssertionError("read again")
 
     monkeypatch.setattr(BaseModel, "placed", again)
-    assert judge(name, guard, tmp_path).judge(PAIRS) == verdicts[:3]
+    assert judge(name, guard, tmp_path).judge([*PAIRS, PAIRS[0], LONG]) == verdicts
     # The same weights in another shape are another judge.
     saved = json.loads((guard / "config.json").read_text())
     (guard / "config.json").write_text(json.dumps({**saved, "rms_norm_eps": 1e-3}))
@@ -131,17 +134,11 @@ def test_a_rubric_is_asked_as_a_users_turn(tmp_path):
     assert "User instruction: Who?\n\nAI model response: I do.\n" in text
 
 
-def test_what_is_too_long_is_missing_and_said(tmp_path, capsys):
-    guard = write_guard(tmp_path / "guard", GUARD, positions=384)
-    asked = judge("llama_guard_3", guard, tmp_path)
+def test_what_is_all_too_long_is_refused(tmp_path):
+    asked = judge("llama_guard_3", write_guard(tmp_path / "guard", GUARD), tmp_path)
     asked.check()
-    long = ([{"role": "user", "content": "What do cats do?"}], "They sleep. " * 30)
-    with pytest.raises(UserError, match=r"guard refuses all texts: \d+ tokens, where 284 can be"):
-        asked.judge([long])
-    verdicts = asked.judge([long, PAIRS[1]])
-    assert verdicts[0] == MISSING and verdicts[1].safe is False
-    said = " ".join(capsys.readouterr().out.split())
-    assert "judge llama_guard_3: 1 of 2 texts were refused, as: " in said
+    with pytest.raises(UserError, match=r"guard refuses all texts: 2\d+ tokens, where 1948 can be"):
+        asked.judge([LONG])
 
 
 @pytest.mark.parametrize(
