@@ -19,6 +19,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.private_files import replacing
 from safemoe_jax.progress import console
 
 
@@ -45,9 +46,8 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as scratch:
-        json.dump({"path": str(path), "sha256": digest}, scratch)
-    os.replace(scratch.name, record)
+    with replacing(record) as file:
+        json.dump({"path": str(path), "sha256": digest}, file)
     return digest
 
 

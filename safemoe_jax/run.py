@@ -37,16 +37,15 @@ from safemoe_jax.evaluation.gates import router_rows
 from safemoe_jax.evaluation.human import export_for_humans, import_humans
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
-from safemoe_jax.evaluation.private_files import read_json_lines
 from safemoe_jax.evaluation.prompt_sets import Named, resolve
 from safemoe_jax.evaluation.report import write_report
 from safemoe_jax.evaluation.systems import (
     ATTACKED_SYSTEMS,
     LEFT_OUT_SYSTEMS,
-    SYSTEMS,
     check_names,
     is_ungated,
     role,
+    title,
 )
 from safemoe_jax.evaluation.terminal import terminal_table
 from safemoe_jax.evaluation.validity import validity
@@ -55,6 +54,7 @@ from safemoe_jax.fetch import cache_dir
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.hosts import is_first
+from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
 from safemoe_jax.stages import own_bundle, safe_text, train_router
 from safemoe_jax.weights.artefact import MANIFEST, file_digest
@@ -229,7 +229,7 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
         "router": router_rows(answers, config.data.domains),
         "systems": {
             name: {
-                "title": SYSTEMS[name].title,
+                "title": title(name),
                 "role": role(name),
                 "ungated": is_ungated(name),
                 "trained_parameters": controls.trained_parameters(name),

@@ -24,6 +24,7 @@ from safemoe_jax.config import Config, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.parallel.hosts import all_agree, first_says, is_first, wait_for_all
+from safemoe_jax.private_files import replacing
 from safemoe_jax.remote import Mirror, is_remote
 
 # What may differ between two runs in one directory: it decides nothing that is stored.
@@ -215,9 +216,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: Any) -> None:
     """Replaces a JSON file in one step."""
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    with replacing(path) as file:
+        file.write(json.dumps(values, indent=2) + "\n")
 
 
 def own_commit() -> str:

@@ -12,10 +12,10 @@ from experiments import pyrit
 from safemoe_jax.config import MeshConfig, freeze
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.asked import parse_judges
-from safemoe_jax.evaluation.private_files import read_json_lines
 from safemoe_jax.evaluation.verdicts import MISSING
 from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.weights.base import BaseModel
 
 GUARD = ("safe", "unsafe\nS1")

@@ -12,9 +12,7 @@ import functools
 import hashlib
 import io
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from safemoe_jax.data.sources import (
 )
 from safemoe_jax.data.splits import Split
 from safemoe_jax.errors import UserError, refused_by_the_machine
+from safemoe_jax.private_files import replacing
 from safemoe_jax.progress import console
 from safemoe_jax.remote import local_copy
 
@@ -388,7 +387,7 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
     kept: set[int] = set()
     digests: set[bytes] = set()
     place = -1
-    with _private(rejects_path) as file:
+    with replacing(rejects_path) as file:
         for row in source.rows():
             if isinstance(row, Reject):
                 rejects[row.reason] += 1
@@ -458,19 +457,6 @@ def _example(row: dict[str, Any]) -> Example:
         group=int(row["group"]),
         **{**text, "messages": tuple(json.loads(text["messages"]))},
     )
-
-
-@contextlib.contextmanager
-def _private(path: Path) -> Iterator[Any]:
-    """Writes a file that its owner alone may read; it appears, or is replaced, when whole."""
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
 
 
 @contextlib.contextmanager

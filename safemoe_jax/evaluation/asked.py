@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.judge_templates import NAMES, Reply, Template, load_template
 from safemoe_jax.evaluation.likelihood import Messages
-from safemoe_jax.evaluation.private_files import append_json, read_json_lines
 from safemoe_jax.evaluation.verdicts import MISSING, Verdict, content_key
+from safemoe_jax.private_files import append_json, read_json_lines
 from safemoe_jax.progress import console
 
 KEY_VARIABLE = "SAFEMOE_JUDGE_API_KEY"

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safemoe_jax.evaluation import panel
-from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, BASE, HELD_OUT, LEFT_OUT, METRICS, OURS
+from safemoe_jax.evaluation.benchmarks import HELD_OUT, LEFT_OUT
+from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, BASE, METRICS, OURS
 from safemoe_jax.evaluation.report import readable
 from safemoe_jax.evaluation.systems import is_ungated
 
@@ -66,17 +67,13 @@ def _safety(results: Mapping[str, Any], shares: Mapping, valid: bool) -> Iterato
             if counted := [row["n"] for row in rows if row]:
                 yield {
                     "benchmark": benchmark,
-                    "system": _title(name, systems[name]["title"]),
+                    "system": systems[name]["title"],
                     "n": max(counted),
                     "cells": [
                         "withheld" if metric == "isr" and not valid else _share(row)
                         for metric, row in zip(_COLUMNS, rows, strict=True)
                     ],
                 }
-
-
-def _title(name: str, title: str) -> str:
-    return f"{title} (ungated)" if is_ungated(name) and "ungated" not in title else title
 
 
 def _attacks(shares: Mapping) -> Iterator[dict[str, str]]:

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from safemoe_jax.evaluation import statistics
+from safemoe_jax.evaluation.benchmarks import GSM8K, HELD_OUT, LEFT_OUT
 from safemoe_jax.evaluation.statistics import Difference, Interval
 
 OURS, BASE = "safemoe", "base"
-HELD_OUT, LEFT_OUT, GSM8K = "held_out", "left_out", "gsm8k"
 ATTACKS = ("attack_prefix", "attack_two_shot")
 # Published prompts together: those that ask for harm, and those that do not.
 OTHER_ORIGIN, HARMLESS = "other_origin", "harmless"
@@ -118,7 +118,8 @@ def shares(table: Table, split: str, seed: int) -> list[dict[str, Any]]:
     """Every system's mean, with its interval, over all seeds.
 
     Wilson's where it is of one seed's independent outcomes, or where all are the same (then of as
-    many outcomes as there are groups); else bootstrapped over groups and seeds.
+    many outcomes as there are groups); else bootstrapped over groups and seeds. One group of
+    near-duplicates tells nothing of others: where it is mixed, its share has no interval.
 
     Returns:
       rows {system, benchmark, split, metric, n, groups, seeds, value, low, high, method, by_seed}.
@@ -281,12 +282,12 @@ def _asked(row: Row) -> tuple[str, str, str]:
 
 def _share(table: Table, values_SP: np.ndarray, groups: int, seed: int) -> tuple[Interval, str]:
     found = values_SP[~np.isnan(values_SP)]
-    if METRICS[table.metric].field == "nll":
-        if groups < 2:
-            return Interval(_mean(values_SP, table.weights_P), np.nan, np.nan), "none"
-    elif np.ptp(found) == 0:
+    rates = METRICS[table.metric].field != "nll"
+    if rates and np.ptp(found) == 0:
         return statistics.wilson(np.full(groups, found[0], bool)), "Wilson"
-    elif groups < 2 or (len(values_SP) == 1 and groups == len(found)):
+    if groups < 2:
+        return Interval(_mean(values_SP, table.weights_P), np.nan, np.nan), "none"
+    if rates and len(values_SP) == 1 and groups == len(found):
         return statistics.wilson(found.astype(bool)), "Wilson"
     return statistics.clustered_mean(values_SP, table.groups_P, seed, table.weights_P), "bootstrap"
 

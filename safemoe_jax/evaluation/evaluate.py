@@ -24,10 +24,10 @@ from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.benchmarks import BENIGN, GSM8K, HELD_OUT, Prompt
 from safemoe_jax.evaluation.gates import gate_statistics
-from safemoe_jax.evaluation.private_files import append_json, open_private, read_json_lines
 from safemoe_jax.evaluation.verdicts import Judge, Verdict, judged
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.parallel.hosts import is_first
+from safemoe_jax.private_files import append_json, open_private, read_json_lines
 
 _GATE_DIGITS = 4
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from safemoe_jax.evaluation.comparisons import ALL, BASE, HELD_OUT, LEFT_OUT, OURS, verdict
+from safemoe_jax.evaluation.benchmarks import HELD_OUT, LEFT_OUT
+from safemoe_jax.evaluation.comparisons import ALL, BASE, OURS, verdict
 from safemoe_jax.evaluation.views import NAMED
 
 Row = Mapping[str, Any]
@@ -180,10 +181,13 @@ ROLES = (
 
 
 def _error_bars(rows: Sequence[Row]) -> dict[str, Any]:
+    def lengths(end: str) -> list[float]:  # nothing is drawn of an interval that is not known
+        return [0.0 if row[end] is None else abs(row[end] - row["value"]) for row in rows]
+
     return {
         "symmetric": False,
-        "array": [row["high"] - row["value"] for row in rows],
-        "arrayminus": [row["value"] - row["low"] for row in rows],
+        "array": lengths("high"),
+        "arrayminus": lengths("low"),
         "thickness": 0.8,
         "width": 0,
     }

@@ -17,8 +17,8 @@ import numpy as np
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.likelihood import Messages
-from safemoe_jax.evaluation.private_files import append_json, open_private, read_json_lines
 from safemoe_jax.evaluation.verdicts import MISSING, Verdict, content_key
+from safemoe_jax.private_files import append_json, open_private, read_json_lines
 
 LABELS = ("safe", "refusal", "on_topic")
 _SAYS = {"yes": True, "y": True, "no": False, "n": False, "": None}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safemoe_jax.evaluation.private_files import open_private
+from safemoe_jax.private_files import open_private
 
 
 def record(path: Path, evaluation: str, parts: Mapping[str, str]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from safemoe_jax.private_files import replacing
 
 Messages = Sequence[dict[str, str]]
 Scorer = Callable[[Sequence[tuple[Messages, str]]], list[np.ndarray]]
@@ -65,14 +65,13 @@ class CachedScorer:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def _save(self, path: Path) -> None:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        with replacing(path, binary=True) as file:
             np.savez(
                 file,
                 keys=np.array(list(self._known)),
                 sizes=np.array([len(score) for score in self._known.values()]),
                 values=np.concatenate(list(self._known.values())),
             )
-        os.replace(file.name, path)
 
 
 def _cut(text: str) -> str:

@@ -18,8 +18,8 @@ from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.agreement import against_labels, agreement
 from safemoe_jax.evaluation.asked import AskedJudge
 from safemoe_jax.evaluation.human import LABELS, HumanJudge
-from safemoe_jax.evaluation.private_files import read_json_lines, replace_json_lines
 from safemoe_jax.evaluation.verdicts import MISSING, Judge, Verdict, judged
+from safemoe_jax.private_files import read_json_lines, replace_json_lines
 
 NOBODY: dict[str, list[Any]] = {"judges": [], "agreement": []}
 
@@ -83,7 +83,7 @@ def hear(
             for i, answer in enumerate(answers)
         ]
         replace_json_lines(path, rows)
-    return {"judges": judges, "agreement": _agreement(said)}
+    return {"judges": judges, "agreement": _agreement(said, answers)}
 
 
 def names(results: Mapping[str, Any]) -> str:
@@ -185,13 +185,25 @@ def _counts(verdicts: Sequence[Verdict], answers: Sequence[Mapping[str, Any]]) -
     return {"n": len(verdicts) - missing, "missing": missing, "rows": whole}
 
 
-def _agreement(said: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]:
-    """Every pair of judges on every question of which both say something; people come first."""
+def _agreement(
+    said: Mapping[str, Sequence[Verdict]], answers: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Every pair of judges on every question of which both say something; people come first.
+
+    Where refusal alone counts, the other answers of a verdict are nobody's finding.
+    """
     order = sorted(said, key=lambda name: name != "human")
     rows = []
     for first, second in itertools.combinations(order, 2):
         for about in (*LABELS, "informative_safe"):
-            sides = [[getattr(v, about) for v in said[name]] for name in (first, second)]
+            sides = [
+                [
+                    getattr(verdict, about)
+                    for verdict, answer in zip(said[name], answers, strict=True)
+                    if about == "refusal" or not answer["refusal_only"]
+                ]
+                for name in (first, second)
+            ]
             compared = agreement(*sides)
             if compared["n"]:
                 rows.append({"first": first, "second": second, "about": about, **compared})

@@ -4,8 +4,6 @@ Both are drawn from report.json (`summary.summarize`) and from nothing else.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safemoe_jax.evaluation.summary import (
     read_summary,
     summarize,
 )
+from safemoe_jax.private_files import replacing
 
 Row = Mapping[str, Any]
 
@@ -177,11 +176,8 @@ def _environment(*, autoescape: bool) -> Environment:
 
 
 def _write(path: Path, text: str) -> Path:
-    """Replaces `path` in one step; a temporary file is its owner's alone from the start."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.write(text)
-    os.replace(temporary, path)
     return path
 
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import claims, comparisons, panel
-from safemoe_jax.evaluation.comparisons import ALL, HELD_OUT, LEFT_OUT, OURS
+from safemoe_jax.evaluation.benchmarks import HELD_OUT, LEFT_OUT
+from safemoe_jax.evaluation.comparisons import ALL, OURS
 
 SCHEMA = 1
 ANSWER_CHARACTERS, PROMPT_CHARACTERS = 80, 160

@@ -81,12 +81,12 @@ SYSTEMS: dict[str, Recipe] = {
     "base": Base("base"),
     "base_prompted": Base("base, told to be safe", _SAFETY_PROMPT),
     "safemoe": Mixture("SafeMoE", "trained"),
-    "uniform": Mixture("uniform mixture (ungated)", "uniform"),
-    "negated": Mixture("negated uniform mixture (ungated)", "negated"),
+    "uniform": Mixture("uniform mixture", "uniform"),
+    "negated": Mixture("negated uniform mixture", "negated"),
     "random_router": Mixture("random router", "random"),
     "shuffled_router": Mixture("router, experts shuffled", "shuffled"),
     "constant_gates": Mixture("router's mean gates, constant", "constant"),
-    "best_expert": Mixture("best single expert (ungated)", "best"),
+    "best_expert": Mixture("best single expert", "best"),
     "safe_lora": Adapter("one LoRA on the safe set", "safe", "router"),
     "safe_lora_wide": Adapter("one LoRA on the safe set, rank E*R", "safe", "experts"),
     "refusal_lora": Adapter("one LoRA on refusals", "refusals", "router"),
@@ -96,7 +96,7 @@ SYSTEMS: dict[str, Recipe] = {
     "random_experts": Mixture("router over random experts", "trained", "random"),
     "permuted_experts": Mixture("router over experts of permuted text", "trained", "permuted"),
     "null_experts": Mixture("router over empty experts", "trained", "null"),
-    "harmful_gates": Mixture("gates optimised for harm (a leaked bundle)", "harmful"),
+    "harmful_gates": Mixture("gates optimised for harm, as of a leaked bundle", "harmful"),
 }
 
 # What also answers for a domain that was left out of its training, and what is also attacked.
@@ -115,6 +115,11 @@ def check_names(names: Sequence[str]) -> None:
             raise UserError(
                 f"config.evaluation.systems names {name!r}; choose of {', '.join(SYSTEMS)}"
             )
+
+
+def title(name: str) -> str:
+    """What tables call a system; it tells what is ungated."""
+    return f"{SYSTEMS[name].title} (ungated)" if is_ungated(name) else SYSTEMS[name].title
 
 
 def role(name: str) -> Literal["base", "ours", "control", "thesis", "hazard"]:

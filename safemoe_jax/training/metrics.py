@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.private_files import replacing
 
 Split = Literal["train", "validation"]
 
@@ -69,9 +70,8 @@ class MetricsWriter:
         rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept = [row for row in rows if not self._is_stale(row, from_step)]
         if len(kept) < len(rows):
-            scratch = path.with_name(f".{path.name}.new")
-            scratch.write_text("".join(kept))
-            os.replace(scratch, path)  # a kill in between loses no row
+            with replacing(path) as file:  # a kill in between loses no row
+                file.writelines(kept)
 
     def write(self, step: int, split: Split, **values: float) -> None:
         row = {"stage": self._stage, "step": step, "split": split, "time": time.time(), **values}

@@ -7,9 +7,7 @@ experts.safetensors is encrypted where the environment holds a key (`encryption`
 """
 
 import dataclasses
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.private_files import replacing
 from safemoe_jax.weights.artefact import (
     MANIFEST,
     Kind,
@@ -135,10 +134,8 @@ def write_card(directory: Path, measured: Mapping[str, Any]) -> None:
         return
     card = model_card(manifest, encrypted=manifest["encryption"] is not None, measured=measured)
     # Not in the bundle: what a kill leaves there would make it one that is refused.
-    handle, scratch = tempfile.mkstemp(dir=directory.parent, prefix=f".{directory.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with replacing(directory / CARD, scratch=directory.parent) as file:
         file.write(card)
-    os.replace(scratch, directory / CARD)
 
 
 def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:

@@ -89,6 +89,12 @@ def test_a_share_of_all_or_none_still_has_an_interval():
     assert row["low"] == pytest.approx(1 - 0.2775, abs=1e-3)  # Wilson's of ten, not of twenty
 
 
+def test_one_group_that_is_mixed_has_a_share_and_no_interval():
+    rows = [outcome("base", i, i > 0, group=0) for i in range(4)]
+    (row,) = comparisons.shares(table(rows, "held_out", "isr"), ALL, 0)
+    assert (row["value"], row["low"], row["high"], row["method"]) == (0.75, None, None, "none")
+
+
 def test_likelihoods_are_means_over_tokens():
     def scored(system, prompt, nll, tokens):
         return outcome(system, prompt, True) | {"kind": "harmful", "nll": nll, "tokens": tokens}

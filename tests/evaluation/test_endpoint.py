@@ -15,8 +15,8 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import endpoint
 from safemoe_jax.evaluation.asked import KEY_VARIABLE, parse_judges
 from safemoe_jax.evaluation.endpoint import EndpointJudge
-from safemoe_jax.evaluation.private_files import read_json_lines
 from safemoe_jax.evaluation.verdicts import MISSING
+from safemoe_jax.private_files import read_json_lines
 
 SAFE = "Harmful request: no\nResponse refusal: no\nHarmful response: no"
 UNSAFE = SAFE.replace("response: no", "response: yes")

@@ -14,8 +14,8 @@ from safemoe_jax.evaluation.agreement import against_labels, agreement
 from safemoe_jax.evaluation.asked import parse_judges
 from safemoe_jax.evaluation.endpoint import EndpointJudge
 from safemoe_jax.evaluation.human import export_for_humans, import_humans
-from safemoe_jax.evaluation.private_files import read_json_lines, replace_json_lines
 from safemoe_jax.evaluation.verdicts import Verdict
+from safemoe_jax.private_files import read_json_lines, replace_json_lines
 
 GOOD = Verdict(True, False, True, False, 0.1)
 UNSAFE = Verdict(False, False, True, False, 0.9)

@@ -1,9 +1,10 @@
-"""Files that their owner alone may read, of JSON lines that a kill may cut short."""
+"""Files that their owner alone may read: replaced when whole, or lines that a kill may cut."""
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,12 +15,34 @@ def open_private(path: Path, mode: str) -> IO[str]:
     return os.fdopen(os.open(path, flags, 0o600), mode, encoding="utf-8", newline="")
 
 
+@contextlib.contextmanager
+def replacing(
+    path: Path, *, scratch: Path | None = None, binary: bool = False
+) -> Iterator[IO[Any]]:
+    """Writes a file that appears, or is replaced, when it is whole.
+
+    Args:
+      path: of the file.
+      scratch: the directory that holds it until then, on the same file system; the file's own by
+        default.
+      binary: bytes instead of UTF-8 text.
+    """
+    place = path.parent if scratch is None else scratch
+    descriptor, part = tempfile.mkstemp(dir=place, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, *(("wb",) if binary else ("w", -1, "utf-8"))) as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+
+
 def replace_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes all rows anew, in one step."""
-    scratch = path.with_name(f".{path.name}.new")
-    with open_private(scratch, "w") as file:
+    """Writes all rows anew."""
+    with replacing(path) as file:
         file.writelines(f"{json.dumps(row)}\n" for row in rows)
-    os.replace(scratch, path)
 
 
 def append_json(path: Path, *rows: Mapping[str, Any]) -> None:
