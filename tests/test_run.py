@@ -19,6 +19,7 @@ from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.local_judge import LocalJudge
+from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import read_bundle
 
@@ -327,8 +328,9 @@ def test_a_judge_on_this_machine_is_heard_and_the_base_makes_room(home, monkeypa
     assert (further["name"], further["model"]) == ("llama_guard_3", str(guard))
     assert further["harm"]["kappa"] == 1.0  # only the corpus' unsafe answers hiss
     assert further["missing"] == 0 and free == [True]
-    kept = lines(home / "run" / "evaluation" / "judge_llama_guard_3.jsonl")
-    assert str(guard) in {row["model"] for row in kept}
+    kept = read_json_lines(home / "run" / "evaluation" / "judge_llama_guard_3.jsonl")
+    said = {row["replies"][0][0]["text"] for row in kept if row["model"] == str(guard)}
+    assert said == {"safe", "unsafe\nS1"}
 
 
 def test_a_judge_that_is_not_there_is_named_before_anything_is_done(home, capsys):
