@@ -177,8 +177,10 @@ class EvaluationConfig:
       temperature: 0 decodes greedily.
       top_p: nucleus kept when sampling.
       batch_size: answers decoded at once.
-      judges: asked besides the embedded judge, each TEMPLATE[@URL]#MODEL at an OpenAI-compatible
-        endpoint (docs/recipes/judges.md); the answers go there. Without a URL: localhost:8000.
+      judges: asked besides the embedded judge (docs/recipes/judges.md). TEMPLATE[@URL]#MODEL is at
+        an OpenAI-compatible endpoint, localhost:8000 without a URL; the answers go there.
+        TEMPLATE@local#MODEL runs here: MODEL is what model.source may be, and rests, computes and
+        is cut as the base is.
       judge_rows: labelled rows from which the embedded judge learns topic and language; each costs
         it some four short forward passes.
       demonstration: true marks a run that is too short to judge the claim; the report says so.

@@ -98,6 +98,10 @@ class Experiment:
         """The frozen base on the mesh."""
         return self.base.placed(shardings(self.mesh, boxed_shapes(self.model)["params"]))
 
+    def release(self) -> None:
+        """Gives back the devices' memory of the frozen base; who asks for it has it read anew."""
+        vars(self).pop("params", None)
+
     @property
     def identity(self) -> dict[str, str]:
         """What checkpoints and bundle of this experiment belong to."""
@@ -147,22 +151,9 @@ def check_layout(config: Config, spec: ModelSpec) -> None:
       UserError: names the axis, the size, and what would divide it.
     """
     sizes = [
-        ("the base's width", "embed", spec.embed_dim),
-        ("its vocabulary", "vocab", spec.vocab_size),
-        ("its query heads", "heads", spec.num_heads),
-        ("its key/value heads", "kv_heads", spec.num_kv_heads),
-        ("its MLP's width", "mlp", spec.mlp_dim),
+        *model_sizes(config, spec, "the base"),
         ("data.sequence_length", "length", config.data.sequence_length),
     ]
-    if config.model.param_dtype == "nf4":
-        sizes += [
-            (f"{what}, in nf4's blocks of {NF4_BLOCK}", axis, size // NF4_BLOCK)
-            for what, axis, size in (
-                ("the base's width", "embed", spec.embed_dim),
-                ("the width of its queries", "heads", spec.num_heads * spec.head_dim),
-                ("its MLP's width", "mlp", spec.mlp_dim),
-            )
-        ]
     for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
         train = getattr(config.train, stage)
         rows, rest = divmod(train.rows * streams, train.accumulation)
@@ -173,6 +164,33 @@ def check_layout(config: Config, spec: ModelSpec) -> None:
             )
         sizes.append((f"the rows of a microbatch of train.{stage}", "batch", rows))
     check_divides(config.mesh, sizes)
+
+
+def model_sizes(config: Config, spec: ModelSpec, whose: str) -> list[tuple[str, str, int]]:
+    """What a mesh cuts of a model that rests as the config says, as `check_divides` takes it.
+
+    Args:
+      config: the experiment.
+      spec: of the model.
+      whose: sizes these are, in messages.
+    """
+    sizes = [
+        (f"{whose}'s width", "embed", spec.embed_dim),
+        (f"{whose}'s vocabulary", "vocab", spec.vocab_size),
+        (f"{whose}'s query heads", "heads", spec.num_heads),
+        (f"{whose}'s key/value heads", "kv_heads", spec.num_kv_heads),
+        (f"{whose}'s MLP's width", "mlp", spec.mlp_dim),
+    ]
+    if config.model.param_dtype == "nf4":
+        sizes += [
+            (f"{whose}'s {what}, in nf4's blocks of {NF4_BLOCK}", axis, size // NF4_BLOCK)
+            for what, axis, size in (
+                ("width", "embed", spec.embed_dim),
+                ("queries' width", "heads", spec.num_heads * spec.head_dim),
+                ("MLP's width", "mlp", spec.mlp_dim),
+            )
+        ]
+    return sizes
 
 
 @cache

@@ -19,10 +19,11 @@ from safemoe_jax.controls import Controls
 from safemoe_jax.data.chat import colored
 from safemoe_jax.data.corpora import load_judge_rows
 from safemoe_jax.evaluation import benchmarks, ledger, metrics, panel
+from safemoe_jax.evaluation.asked import Asked, AskedJudge, parse_judges
 from safemoe_jax.evaluation.attacks import ATTACKS
 from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.card import measured
-from safemoe_jax.evaluation.endpoint import Endpoint, EndpointJudge, parse_endpoints
+from safemoe_jax.evaluation.endpoint import EndpointJudge
 from safemoe_jax.evaluation.evaluate import (
     Asking,
     Entry,
@@ -52,6 +53,7 @@ from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.inference.scoring import Scorer
+from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.hosts import is_first
 from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
@@ -63,12 +65,15 @@ from safemoe_jax.workdir import own_commit, write_json
 
 
 def fetch(experiment: Experiment) -> None:
-    """Brings base, corpus and benchmarks to this machine."""
+    """Brings base, corpus, benchmarks and local judges to this machine."""
     console.print(f"base: {fetch_base(experiment.config.model.source)}")
     corpus = experiment.corpus
     console.print(f"corpus: {len(corpus.examples)} examples of {len(corpus.domains)} domains")
     for benchmark in resolve(experiment.config.evaluation.benchmarks):
         console.print(f"benchmark {benchmark.name}: {', '.join(map(str, benchmark.files()))}")
+    for asked in parse_judges(experiment.config.evaluation.judges):
+        if asked.is_local:
+            console.print(f"judge {asked.name}: {fetch_base(asked.model)}")
 
 
 def data(experiment: Experiment, show: int = 0) -> None:
@@ -123,17 +128,32 @@ def evaluate(experiment: Experiment, labels: Path | None = None, export: int = 0
       labels: a sheet that people have filled in; it is read first.
       export: answers to write into a new sheet for people, 0 for none.
     """
-    endpoints = parse_endpoints(experiment.config.evaluation.judges)
+    judges = _judges(experiment)
     with jax.set_mesh(experiment.mesh):
-        results = _evaluate(experiment, endpoints)
+        results = _evaluate(experiment, judges)
+    experiment.release()  # a local judge may need the room
     if is_first():
-        _hear(experiment, results, endpoints, labels, export)
+        _hear(experiment, results, judges, labels, export)
+
+
+def _judges(experiment: Experiment) -> list[AskedJudge]:
+    """The models that the config asks besides the embedded judge, those on this machine checked."""
+    config, directory = experiment.config, experiment.workdir.evaluation
+
+    def judge(asked: Asked) -> AskedJudge:
+        if not asked.is_local:
+            return EndpointJudge(asked, directory)  # may be started while this trains
+        local = LocalJudge(asked, config, experiment.mesh, directory)
+        local.check()
+        return local
+
+    return [judge(asked) for asked in parse_judges(config.evaluation.judges)]
 
 
 def _hear(
     experiment: Experiment,
     results: dict[str, Any],
-    endpoints: Sequence[Endpoint],
+    judges: Sequence[AskedJudge],
     labels: Path | None,
     export: int,
 ) -> None:
@@ -143,9 +163,9 @@ def _hear(
         count = import_humans(labels, directory)
         console.print(f"{count} labelled answers read from {labels}")
     people = (directory / "human.jsonl").exists()
-    if endpoints or people or results["panel"]["judges"]:
-        labelled = experiment.corpus.select(splits={"test"}) if endpoints else []
-        results["panel"] = panel.hear(endpoints, labelled, seed, directory)
+    if judges or people or results["panel"]["judges"]:
+        labelled = experiment.corpus.select(splits={"test"}) if judges else []
+        results["panel"] = panel.hear(judges, labelled, seed, directory)
         write_json(directory / "results.json", results)
     write_card(experiment.workdir.bundle, measured(results))
     console.print(terminal_table(results))
@@ -157,7 +177,7 @@ def _hear(
         console.print(f"for people to label: {sheet}")
 
 
-def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str, Any]:
     """The embedded judge's results, from where they were left."""
     config, directory = experiment.config, experiment.workdir.evaluation
     # What is wrong with the config is seen before anything is trained.
@@ -172,8 +192,8 @@ def _evaluate(experiment: Experiment, endpoints: Sequence[Endpoint]) -> dict[str
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
         return json.loads(path.read_text())
     directory.mkdir(exist_ok=True, mode=0o700)
-    for endpoint in endpoints if is_first() else ():
-        EndpointJudge(endpoint, directory).check()  # now, not after hours of generating
+    for further in judges if is_first() else ():
+        further.check()  # now, not after hours of generating
     times = _count(experiment, key, sets)
     if ungated := [name for name in config.evaluation.systems if is_ungated(name)]:
         console.print(f"[bold red]ungated[/]: {', '.join(ungated)}; answers are in {directory}")
@@ -321,8 +341,9 @@ def report(experiment: Experiment, texts: Texts = "cut") -> None:
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:
     """All of it; what is done already is used as it is."""
-    parse_endpoints(experiment.config.evaluation.judges)  # a mistake there need not wait
+    parse_judges(experiment.config.evaluation.judges)  # a mistake there need not wait
     fetch(experiment)
+    _judges(experiment)  # nor one in what they are on this machine
     if not experiment.workdir.bundle.exists():
         data(experiment)
     train_gate(experiment, keep_experts)

@@ -33,8 +33,8 @@ SPEC = ModelSpec(
         ),
         ((1, 2, 1, 1), 1, "is 2, .* the rows of a microbatch of train.experts, 7; 1, 7 would"),
         ((1, 7, 1, 1), 1, "config.mesh.fsdp is 7, .* the base's width, 576; 1, 2, 3, 4, 6, 8,"),
-        ((1, 1, 2, 1), 1, "config.mesh.tensor is 2, .* its query heads, 9; 1, 3, 9 would"),
-        ((1, 1, 9, 1), 1, "config.mesh.tensor is 9, .* its vocabulary, 49152;"),
+        ((1, 1, 2, 1), 1, "config.mesh.tensor is 2, .* the base's query heads, 9; 1, 3, 9 would"),
+        ((1, 1, 9, 1), 1, "config.mesh.tensor is 9, .* the base's vocabulary, 49152;"),
         ((1, 1, 1, 5), 1, "config.mesh.context is 5, .* data.sequence_length, 384;"),
         (
             (1, 1, 1, 1),

@@ -9,13 +9,17 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from guards import write_guard
 from judge_server import completion, serve
 
 from safemoe_jax import cli, run, stages
 from safemoe_jax.data import splits
 from safemoe_jax.evaluation.card import measured
 from safemoe_jax.evaluation.verdicts import Verdict
+from safemoe_jax.experiment import Experiment
 from safemoe_jax.fetch import cache_dir
+from safemoe_jax.local_judge import LocalJudge
+from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import read_bundle
 
@@ -300,6 +304,42 @@ def test_further_judges_and_people_are_heard_without_answering_anew(home, monkey
     )
     assert "Judges: embedded, human." in capsys.readouterr().out
     assert safemoe(home, "evaluate", "--import-humans", str(home / "none.csv")) == 2
+
+
+def test_a_judge_on_this_machine_is_heard_and_the_base_makes_room(home, monkeypatch):
+    guard = write_guard(home / "guard", ("safe", "unsafe\nS1"))
+    free, judge = [], LocalJudge.judge
+
+    def heard(self, pairs):
+        free.append("params" not in vars(experiment[0]))
+        return judge(self, pairs)
+
+    experiment, release = [], Experiment.release
+
+    def released(self):
+        assert self.params  # as after generating
+        experiment.append(self)
+        release(self)
+
+    monkeypatch.setattr(LocalJudge, "judge", heard)
+    monkeypatch.setattr(Experiment, "release", released)
+    judges = f"--config.evaluation.judges=('llama_guard_3@local#{guard}',)"
+    assert safemoe(home, "evaluate", judges) == 0
+    further = results(home)["panel"]["judges"][0]  # people may be another
+    assert (further["name"], further["model"]) == ("llama_guard_3", str(guard))
+    assert further["harm"]["kappa"] == 1.0  # only the corpus' unsafe answers hiss
+    assert further["missing"] == 0 and free == [True]
+    kept = read_json_lines(home / "run" / "evaluation" / "judge_llama_guard_3.jsonl")
+    said = {row["replies"][0][0]["text"] for row in kept if row["model"] == str(guard)}
+    assert said == {"safe", "unsafe\nS1"}
+
+
+def test_a_judge_that_is_not_there_is_named_before_anything_is_done(home, capsys):
+    judges = f"--config.evaluation.judges=('wildguard@local#{home / 'none'}',)"
+    assert safemoe(home, "run", judges, workdir="new") == 2
+    err = capsys.readouterr().err
+    assert f"model source '{home / 'none'}' is no base" in err and err.count("\n") == 1
+    assert not (home / "new" / "experts").exists()
 
 
 def test_an_unknown_judge_is_named_before_anything_is_done(home, capsys):

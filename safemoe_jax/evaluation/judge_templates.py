@@ -18,6 +18,7 @@ from safemoe_jax.evaluation.verdicts import Verdict
 
 _FILES = resources.files("safemoe_jax.evaluation") / "templates" / "judges"
 NAMES = tuple(sorted(file.name[:-5] for file in _FILES.iterdir() if file.name.endswith(".toml")))
+_FLAGS = ("strip", "logprobs", "forbidden_only", "in_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Template:
     Attributes:
       name: of the file.
       request: "text" is completed as it is; "chat" is a user's message; "conversation" sends prompt
-        and answer as turns, and the server renders them by the template of its weights.
+        and answer as turns, and who replies renders them by the chat template of the weights.
       text: with {prompt}, {response} and, where there are policies, {policy}.
       policies: one request for each, in order; without any there is one request.
       strip: whether blanks around prompt and answer go, as in the source.
@@ -49,6 +50,7 @@ class Template:
       logprobs: whether the first token's probabilities are asked for.
       tries: how often its authors ask until a reply can be read.
       forbidden_only: whether it takes every prompt for forbidden; it is not shown harmless ones.
+      in_weights: whether the chat template of its weights makes this text of a conversation.
       models, source, license: whose it is.
     """
 
@@ -62,6 +64,7 @@ class Template:
     logprobs: bool
     tries: int
     forbidden_only: bool
+    in_weights: bool
     models: str
     source: str
     license: str
@@ -71,6 +74,11 @@ class Template:
         """Of all that decides what is sent; hex."""
         sent = (self.request, self.text, self.policies, self.strip, self.max_tokens, self.logprobs)
         return hashlib.sha256(json.dumps(sent).encode()).hexdigest()
+
+    @property
+    def as_weights_have_it(self) -> "Template":
+        """The same, rendered by the chat template of the weights where they have one for it."""
+        return dataclasses.replace(self, request="conversation") if self.in_weights else self
 
     def requests(self, prompt: str, answer: str) -> list[dict[str, Any]]:
         """The bodies of the requests for one verdict, without the model's name."""
@@ -107,7 +115,7 @@ def load_template(name: str) -> Template:
         raise UserError(f"there is no judge {name!r}; choose of {', '.join(NAMES)}")
     values = tomllib.loads((_FILES / f"{name}.toml").read_text(encoding="utf-8"))
     policies = tuple(values.pop("policies", {}).values())
-    absent = {"text": "", "strip": False, "logprobs": False, "forbidden_only": False}
+    absent = {"text": "", **dict.fromkeys(_FLAGS, False)}
     return Template(name=name, policies=policies, **{**absent, **values})
 
 

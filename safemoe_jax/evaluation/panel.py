@@ -1,7 +1,7 @@
 """Further judges of the same answers: what they say, and how they agree with people and each other.
 
-The embedded judge gives the headline. A judge of another family (`endpoint`) and people (`human`)
-tell how far to trust it.
+The embedded judge gives the headline. A judge of another family (`asked`) and people (`human`) tell
+how far to trust it.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from rich.table import Table
 from safemoe_jax.data.corpora import Example
 from safemoe_jax.evaluation import metrics
 from safemoe_jax.evaluation.agreement import against_labels, agreement
-from safemoe_jax.evaluation.endpoint import Endpoint, EndpointJudge
+from safemoe_jax.evaluation.asked import AskedJudge
 from safemoe_jax.evaluation.human import LABELS, HumanJudge
 from safemoe_jax.evaluation.verdicts import MISSING, Judge, Verdict, judged
 from safemoe_jax.private_files import read_json_lines, replace_json_lines
@@ -28,12 +28,12 @@ _LABELLED = 200
 
 
 def hear(
-    endpoints: Sequence[Endpoint], labelled: Sequence[Example], seed: int, directory: Path
+    asked: Sequence[AskedJudge], labelled: Sequence[Example], seed: int, directory: Path
 ) -> dict[str, Any]:
     """Lets further judges speak on answers.jsonl, and writes their verdicts beside the first.
 
     Args:
-      endpoints: who is asked; people are heard where labels of theirs were imported.
+      asked: models that are asked; people are heard where labels of theirs were imported.
       labelled: held-out answers with human labels of harm; at most 200 are judged.
       seed: picks those.
       directory: of answers.jsonl, and of what was asked and replied.
@@ -47,19 +47,22 @@ def hear(
     answers = read_json_lines(path)
     picked = np.random.default_rng(seed).permutation(len(labelled))[:_LABELLED]
     tried = [labelled[i] for i in sorted(picked)]
+    tried_rows = [
+        {"messages": e.messages, "response": e.response, "harmful": True, "refusal_only": False}
+        for e in tried
+    ]
     said = {"embedded": [Verdict.from_dict(answer["verdict"]) for answer in answers]}
     judges = []
-    for endpoint in endpoints:
-        judge = EndpointJudge(endpoint, directory)
-        said[judge.name] = _speak(judge, answers, endpoint.template.forbidden_only)
-        unreadable = judge.unreadable
-        found = judge.judge([(example.messages, example.response) for example in tried])
+    for judge in asked:
+        # All at once: a model that is read for this is read once.
+        verdicts = _speak(judge, [*answers, *tried_rows], judge.asked.template.forbidden_only)
+        said[judge.name], found = verdicts[: len(answers)], verdicts[len(answers) :]
         judges.append(
             {
                 "name": judge.name,
-                "model": endpoint.model,
-                "source": endpoint.template.source,
-                "unreadable": unreadable + judge.unreadable,
+                "model": judge.asked.model,
+                "source": judge.asked.template.source,
+                "unreadable": judge.unreadable,
                 **_counts(said[judge.name], answers),
                 "harm": against_labels(
                     [example.label == "unsafe" for example in tried],

@@ -48,7 +48,12 @@ class Sampler:
         self._model, self._variables, self._routing = model, variables, routing
         self._end_of_turn = end_of_turn
 
-    def generate(
+    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Generation]:
+        """Answers prompts, in their order; settings and errors are those of `as_they_end`."""
+        answers = dict(self.as_they_end(prompts, **settings))
+        return [answers[index] for index in range(len(prompts))]
+
+    def as_they_end(
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -58,7 +63,7 @@ class Sampler:
         seed: int,
         batch_size: int,
         description: str = "generate",
-    ) -> list[Generation]:
+    ) -> Iterator[tuple[int, Generation]]:
         """Answers prompts, longest first; an answer that has ended makes room for the next prompt.
 
         Args:
@@ -69,6 +74,9 @@ class Sampler:
           seed: of the sampling; an answer depends on it and on its prompt's index alone.
           batch_size: answers decoded at once.
           description: shown with the progress.
+
+        Yields:
+          a prompt's index and its answer, once that has ended.
 
         Raises:
           UserError: where a prompt is empty or leaves no room for the answer.
@@ -91,11 +99,8 @@ class Sampler:
             request = Request(prompts[index], ends, *settings)
             engine.submit(request)
             said[request] = []
-        answers = {
-            request.index: _generation(said.pop(request))
-            for request in track(_ended(engine, said), total=len(prompts), description=description)
-        }
-        return [answers[index] for index in range(len(prompts))]
+        for request in track(_ended(engine, said), total=len(prompts), description=description):
+            yield request.index, _generation(said.pop(request))
 
 
 def _ended(engine: Engine, said: dict[Request, list[Event]]) -> Iterator[Request]:

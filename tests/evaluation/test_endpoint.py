@@ -13,8 +13,10 @@ from judge_server import chat, completion, serve
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import endpoint
-from safemoe_jax.evaluation.endpoint import EndpointJudge, parse_endpoints
+from safemoe_jax.evaluation.asked import KEY_VARIABLE, parse_judges
+from safemoe_jax.evaluation.endpoint import EndpointJudge
 from safemoe_jax.evaluation.verdicts import MISSING
+from safemoe_jax.private_files import read_json_lines
 
 SAFE = "Harmful request: no\nResponse refusal: no\nHarmful response: no"
 UNSAFE = SAFE.replace("response: no", "response: yes")
@@ -25,11 +27,11 @@ PAIRS = [([{"role": "user", "content": f"Question {i}?"}], f"Answer {i}.") for i
 def quick(monkeypatch):
     """Waits for nothing, and knows no key."""
     monkeypatch.setattr(endpoint, "_RETRIES", {"total": 3, "backoff_factor": 0})
-    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 def judge(server, directory, template="wildguard", model="m"):
-    (asked,) = parse_endpoints([f"{template}@{server.url}#{model}"])
+    (asked,) = parse_judges([f"{template}@{server.url}#{model}"])
     return EndpointJudge(asked, directory)
 
 
@@ -188,7 +190,7 @@ def test_what_stays_on_this_machine_passes_no_proxy(tmp_path, monkeypatch):
 
 
 def test_the_key_comes_from_the_environment_and_is_in_no_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "s3cret")
+    monkeypatch.setenv(KEY_VARIABLE, "s3cret")
     with serve(wildguard) as server:
         asked = judge(server, tmp_path)
         asked.check()
@@ -202,11 +204,11 @@ def test_the_key_comes_from_the_environment_and_is_in_no_file(tmp_path, monkeypa
 
 
 def test_no_key_goes_over_http_to_another_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "s3cret")
+    monkeypatch.setenv(KEY_VARIABLE, "s3cret")
     far = ["wildguard@http://judge.example:8000/v1#m", "harmbench@https://judge.example/v1#m"]
-    plain, secure = (EndpointJudge(asked, tmp_path) for asked in parse_endpoints(far))
+    plain, secure = (EndpointJudge(asked, tmp_path) for asked in parse_judges(far))
     keys = [
-        judge._session.prepare_request(endpoint.requests.Request("GET", judge.endpoint.url)).headers
+        judge._session.prepare_request(endpoint.requests.Request("GET", judge.asked.place)).headers
         for judge in (plain, secure)
     ]
     assert [key.get("Authorization") for key in keys] == [None, "Bearer s3cret"]
@@ -220,7 +222,7 @@ def test_the_check_says_where_answers_go_and_who_is_not_there(tmp_path, monkeypa
         gone = judge(server, tmp_path)
     with pytest.raises(UserError, match=r"no reply from http://127"):
         gone.check()
-    (far,) = parse_endpoints(["wildguard@http://judge.example:8000/v1#m"])
+    (far,) = parse_judges(["wildguard@http://judge.example:8000/v1#m"])
     away = EndpointJudge(far, tmp_path)
     monkeypatch.setattr(away, "_send", lambda *request: endpoint.requests.Response())
     away.check()
@@ -234,6 +236,9 @@ def test_the_check_says_where_answers_go_and_who_is_not_there(tmp_path, monkeypa
         (["wildguard"], r"has 'wildguard'; write TEMPLATE#MODEL or TEMPLATE@URL#MODEL"),
         (["wildguard@localhost:8000#m"], "write TEMPLATE#MODEL"),
         (["wildguard@http://[::1/v1#m"], "write TEMPLATE#MODEL"),
+        (["wildguard@local#"], "or TEMPLATE@local#DIRECTORY"),
+        (["shieldgemma@local#m"], r"read by probabilities.*at 'local' there are harmbench, llama"),
+        (["guard@local#m"], "no judge 'guard'"),
         (["guard#m"], r"no judge 'guard'; choose of harmbench, llama_guard_3"),
         (["wildguard@http://me:pass@host/v1#m"], "holds more than an address; put a key into"),
         (["wildguard#a", "wildguard#b"], "names wildguard twice"),
@@ -241,22 +246,23 @@ def test_the_check_says_where_answers_go_and_who_is_not_there(tmp_path, monkeypa
 )
 def test_a_mistake_in_the_config_is_named(texts, message):
     with pytest.raises(UserError, match=message) as error:
-        parse_endpoints(texts)
+        parse_judges(texts)
     assert "pass@" not in str(error.value)
 
 
 def test_without_a_url_it_is_this_machine():
-    first, second = parse_endpoints(["wildguard#org/model", "shieldgemma@http://[::1]:9/v1/#m"])
-    assert (first.url, first.model) == ("http://localhost:8000/v1", "org/model")
-    assert first.is_loopback and second.is_loopback
-    assert second.url == "http://[::1]:9/v1"
+    first, second = parse_judges(["wildguard#org/model", "shieldgemma@http://[::1]:9/v1/#m"])
+    assert (first.place, first.model) == ("http://localhost:8000/v1", "org/model")
+    assert endpoint.is_loopback(first.place) and endpoint.is_loopback(second.place)
+    assert second.place == "http://[::1]:9/v1"
 
 
 RUN = """
 import sys
 from pathlib import Path
-from safemoe_jax.evaluation.endpoint import EndpointJudge, parse_endpoints
-(asked,) = parse_endpoints([f"wildguard@{sys.argv[1]}#m"])
+from safemoe_jax.evaluation.asked import parse_judges
+from safemoe_jax.evaluation.endpoint import EndpointJudge
+(asked,) = parse_judges([f"wildguard@{sys.argv[1]}#m"])
 pairs = [([{"role": "user", "content": f"Question {i}?"}], f"Answer {i}.") for i in range(12)]
 EndpointJudge(asked, Path(sys.argv[2])).judge(pairs)
 """
@@ -291,7 +297,7 @@ def test_a_killed_run_goes_on_from_what_was_replied(tmp_path, how):
             file.write('\n{"key": "cut sho')
         held.set()
         time.sleep(0.2)  # what hung there is over
-        kept = len(endpoint.read_json_lines(path))
+        kept = len(read_json_lines(path))
         assert 4 <= kept < 12
         asked = len(server.bodies)
         verdicts = judge(server, tmp_path).judge(PAIRS)

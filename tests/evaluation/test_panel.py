@@ -11,7 +11,8 @@ from rich.console import Console
 from safemoe_jax.data.corpora import Example
 from safemoe_jax.evaluation import panel
 from safemoe_jax.evaluation.agreement import against_labels, agreement
-from safemoe_jax.evaluation.endpoint import parse_endpoints
+from safemoe_jax.evaluation.asked import parse_judges
+from safemoe_jax.evaluation.endpoint import EndpointJudge
 from safemoe_jax.evaluation.human import export_for_humans, import_humans
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.private_files import read_json_lines, replace_json_lines
@@ -94,13 +95,18 @@ def wildguard(body):
     return completion(f"Harmful: no\nRefusal: {refusal}\nHarmful: {harmful}")
 
 
+def asked(server, template, model, directory):
+    (found,) = parse_judges([f"{template}@{server.url}#{model}"])
+    return [EndpointJudge(found, directory)]
+
+
 def test_a_further_judge_is_heard_on_answers_and_labels(directory):
     with serve(wildguard) as server:
-        endpoints = parse_endpoints([f"wildguard@{server.url}#org/m"])
-        heard = panel.hear(endpoints, LABELLED, 0, directory)
-        asked = len(server.bodies)
-        assert panel.hear(endpoints, LABELLED, 0, directory) == heard
-        assert len(server.bodies) == asked == 8 + 6
+        judges = asked(server, "wildguard", "org/m", directory)
+        heard = panel.hear(judges, LABELLED, 0, directory)
+        count = len(server.bodies)
+        assert panel.hear(judges, LABELLED, 0, directory) == heard
+        assert len(server.bodies) == count == 8 + 6
     (judge,) = heard["judges"]
     assert (judge["name"], judge["model"], judge["n"], judge["missing"]) == (
         "wildguard",
@@ -154,8 +160,8 @@ def test_a_judge_that_takes_prompts_for_forbidden_sees_no_harmless_ones(director
         row["harmful"] = False
     replace_json_lines(directory / "answers.jsonl", rows)
     with serve(lambda body: chat("#thescore: 5")) as server:
-        endpoints = parse_endpoints([f"policy_rubric@{server.url}#m"])
-        (judge,) = panel.hear(endpoints, [], 0, directory)["judges"]
+        judges = asked(server, "policy_rubric", "m", directory)
+        (judge,) = panel.hear(judges, [], 0, directory)["judges"]
     assert (judge["n"], judge["missing"]) == (5, 3)
 
 
@@ -165,8 +171,8 @@ def test_where_refusal_alone_counts_it_decides_what_is_safe(directory):
         row["refusal_only"] = True
     replace_json_lines(directory / "answers.jsonl", rows)
     with serve(wildguard) as server:
-        endpoints = parse_endpoints([f"wildguard@{server.url}#m"])
-        panel.hear(endpoints, [], 0, directory)
+        judges = asked(server, "wildguard", "m", directory)
+        panel.hear(judges, [], 0, directory)
     stored = read_json_lines(directory / "answers.jsonl")[:4]
     assert [row["verdicts"]["wildguard"]["safe"] for row in stored] == [False, False, True, None]
 
@@ -174,8 +180,8 @@ def test_where_refusal_alone_counts_it_decides_what_is_safe(directory):
 def test_only_so_many_labelled_answers_are_judged(directory, monkeypatch):
     monkeypatch.setattr(panel, "_LABELLED", 4)
     with serve(wildguard) as server:
-        endpoints = parse_endpoints([f"wildguard@{server.url}#m"])
-        (judge,) = panel.hear(endpoints, LABELLED, 0, directory)["judges"]
+        judges = asked(server, "wildguard", "m", directory)
+        (judge,) = panel.hear(judges, LABELLED, 0, directory)["judges"]
     assert judge["harm"]["n"] == 4
 
 
