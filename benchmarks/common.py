@@ -56,7 +56,7 @@ def side(python: str | Path, script: Path, *arguments: str | Path) -> Callable[[
 
     def run() -> Result:
         command = [str(python), str(script), *map(str, arguments)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=_environment())
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment())
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed with {done.returncode}; its messages are above")
         return json.loads(done.stdout.splitlines()[-1])
@@ -114,5 +114,6 @@ def rounds_argument(description: str | None, default: int = 3) -> argparse.Argum
     return parser
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of a side's process: no network but loopback, no forks of tokenizers."""
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

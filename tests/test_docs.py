@@ -100,6 +100,8 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert done.returncode == 0, done.stderr
     pages = {str(path.relative_to(tmp_path / "site")) for path in tmp_path.rglob("*.html")}
     assert {"index.html", "faq/index.html", "reference/training/index.html"} <= pages
+    notebook = (tmp_path / "site" / "notebooks" / "first_steps" / "index.html").read_text()
+    assert '<table id="T_gates"' in notebook
     reference = (tmp_path / "site" / "reference" / "training" / "index.html").read_text()
     assert 'id="safemoe_jax.training.steps.expert_train_step"' in reference
     for page in pages:
@@ -109,4 +111,6 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
 
 def test_every_page_is_in_the_navigation():
     named = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
-    assert named == {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
+    notebooks = [path.with_suffix(".md") for path in ROOT.glob("docs/**/*.ipynb")]
+    pages = [*ROOT.glob("docs/**/*.md"), *notebooks]
+    assert named == {str(path.relative_to(ROOT / "docs")) for path in pages}

@@ -184,6 +184,8 @@ class Call:
                     del self._open[event.request]
                     self._service.worker.drop(event.request)
                 yield piece
+                # Pieces that wait already would else be sent at one go, also to who has left.
+                await asyncio.sleep(0)
 
     def usage(self) -> dict[str, int]:
         """Tokens so far, as the API counts them."""

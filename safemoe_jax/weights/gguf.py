@@ -67,7 +67,8 @@ class Metadata(dict):
 
 
 class _Reader(gguf.GGUFReader):
-    """The reader over a plain array: slicing a memmap object costs three times the whole load."""
+    """The reader over a plain array, slicing a memmap object costs three times the whole load; and
+    one that sees the file's end."""
 
     @property
     def data(self) -> np.ndarray:
@@ -76,6 +77,12 @@ class _Reader(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: np.memmap) -> None:
         self._data = np.asarray(mapped)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        # Past the end the package finds empty values, and would look for as many as the file says.
+        if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self._data):
+            raise ValueError("it ends before what it tells of")
+        return super()._get(offset, dtype, count, override_order)
 
 
 def names(spec: ModelSpec) -> dict[str, str]:
@@ -148,7 +155,7 @@ def _open(path: Path) -> tuple[Metadata, dict[str, gguf.ReaderTensor]]:
     try:
         reader = _Reader(path)
         metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as GGUF ({error}); fetch it again") from error
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 

@@ -263,9 +263,7 @@ def gguf_bytes(tmp_path_factory):
     return path.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def bundle_path(tmp_path_factory):
-    home = tmp_path_factory.mktemp("bundle")
+def small_bundle(home):
     tiny.write_base(home / "base")
     tiny.write_experiment(home / "tiny.py", home / "base", home / "corpus.jsonl")
     config = freeze(read_config(home / "tiny.py", []))
@@ -274,6 +272,11 @@ def bundle_path(tmp_path_factory):
     trees = {name: drawn[name] for name in ("experts", "router")}
     write_bundle(home / "bundle", base=base, config=config, provenance={"corpus": "no"}, **trees)
     return home / "bundle"
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory):
+    return small_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 def reads(load, path):
@@ -373,13 +376,18 @@ class Silent:
         pass
 
 
-@pytest.fixture(scope="module")
-def app(chat):
+def silent_app(chat):
+    """The server's application, which ends every answer as it is asked for."""
     loaded = SimpleNamespace(base=SimpleNamespace(tokenizer=chat.tokenizer))
     limits = Limits(slots=2, max_queue=20, max_length=200, max_tokens=100)
     service = Service(loaded, ["cats", "dogs"], limits)
     service.worker = Silent()
     return make_app(service, "safemoe", None, "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def app(chat):
+    return silent_app(chat)
 
 
 def post(app, path, body, headers=()):

@@ -19,10 +19,12 @@ import openai
 import pytest
 
 from safemoe_jax import cli
+from safemoe_jax.inference.engine import Event
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.serving import server as server_module
 from safemoe_jax.serving.door import Door
+from safemoe_jax.serving.protocol import ChatBody
 from safemoe_jax.serving.server import Server, _bound, make_app
 from safemoe_jax.serving.service import Limits, Service
 from safemoe_jax.serving.worker import EngineFailed, Worker
@@ -338,6 +340,33 @@ def test_who_leaves_frees_the_slot(running, client):
     with pytest.raises(openai.APITimeoutError):
         ask(client, "a", max_tokens=300, n=16, timeout=0.1)
     until(lambda: running.service.worker.outstanding == 0)
+
+
+def test_pieces_that_wait_are_not_sent_at_one_go(loaded):
+    """The loop turns between two of them, and so hears that a client has left."""
+
+    class Behind:
+        outstanding, failed = 0, False
+
+        def submit(self, request, events):
+            for finish in (*8 * [None], "length"):
+                events.put_nowait(Event(request, 5, None, finish))
+
+        def drop(self, request):
+            pass
+
+    service, body = Service(loaded, DOMAINS, LIMITS), ChatBody(**CHAT)
+    service.worker = Behind()
+    sent, sent_when_heard = [], []
+
+    async def run():
+        async for piece in service.call(service.chat_requests(body), body).pieces():
+            if not sent:
+                asyncio.get_running_loop().call_soon(lambda: sent_when_heard.append(len(sent)))
+            sent.append(piece)
+
+    asyncio.run(run())
+    assert (len(sent), sent_when_heard) == (9, [1])
 
 
 # who may come in

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import runpy
+import struct
 from pathlib import Path
 
 import families
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
-from gguf_files import add_words, convert
+from gguf_files import BYTES, add_words, convert
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.spec import FAMILIES
@@ -257,6 +258,26 @@ def test_what_does_not_fit_is_named(llama, tmp_path, change, message):
     rewritten(tmp_path / "x.gguf", change)
     with pytest.raises(UserError, match=message):
         load(tmp_path / "x.gguf")
+
+
+def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path):
+    """The package by itself looks for all of its items, one after the other."""
+    convert(GOLDEN / "gqa_tied", tmp_path / "base.gguf")
+    content = bytearray((tmp_path / "base.gguf").read_bytes())
+    key = b"tokenizer.ggml.tokens"
+    length = content.index(key) + len(key) + 8  # behind the types of the value and of its items
+    assert content[length : length + 8] == len(BYTES).to_bytes(8, "little")
+    content[length : length + 8] = (2**40).to_bytes(8, "little")
+    (tmp_path / "base.gguf").write_bytes(content)
+    with pytest.raises(UserError, match="it ends before what it tells of"):
+        load(tmp_path / "base.gguf")
+
+
+def test_arrays_of_arrays_without_end_are_refused(tmp_path):
+    head = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9)  # one value, which is an array
+    (tmp_path / "deep.gguf").write_bytes(head + struct.pack("<IQ", 9, 1) * 5000)
+    with pytest.raises(UserError, match="cannot be read as GGUF"):
+        load(tmp_path / "deep.gguf")
 
 
 def test_another_file_is_refused(tmp_path):
