@@ -1,10 +1,11 @@
 """Two probes of garak, a public scanner of language models, against `safemoe serve` on loopback.
 
-    python benchmarks/garak_scan.py BUNDLE [--prompts N]
+    python benchmarks/garak_scan.py BUNDLE [--max-tokens N]
 
 It shows that a scanner written for OpenAI's API runs against the server, not how safe a bundle is:
 the probes are two that need no other model to judge (escape sequences for terminals, and
-instructions hidden in Unicode tags). garak gets a venv of its own.
+instructions hidden in Unicode tags). They have 90 prompts, and nothing that makes them ask fewer:
+garak's own limit is for other probes. garak gets a venv of its own.
 """
 
 import argparse
@@ -20,13 +21,12 @@ from common import peer_python, table
 
 GARAK = "garak==0.17.1"
 PROBES = ("probes.ansiescape.AnsiRaw", "probes.goodside.Tag")
-MAX_TOKENS = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompts", type=int, default=16, help="of each probe, at most")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
     arguments = parser.parse_args()
     python = peer_python("garak", GARAK, shared=())
     serve = (sys.executable, "-m", "safemoe_jax.cli", "serve", "--port", "0")
@@ -34,8 +34,10 @@ def main() -> None:
         [*serve, "--bundle", str(arguments.bundle)], stdout=subprocess.PIPE, text=True
     ) as server:
         try:
-            url = "http://" + server.stdout.readline().split("http://")[1].split(";")[0]
-            rows = scan(python, url, arguments.prompts)
+            if "http://" not in (ready := server.stdout.readline()):
+                sys.exit("the server did not start; its message is above")
+            url = "http://" + ready.split("http://")[1].split(";")[0]
+            rows = scan(python, url, arguments.max_tokens)
             server.send_signal(signal.SIGTERM)
             ended = server.wait(60)
         finally:
@@ -44,15 +46,14 @@ def main() -> None:
     print(f"\nserver's exit code after SIGTERM: {ended}")
 
 
-def scan(python: Path, url: str, prompts: int) -> list[tuple[str, ...]]:
+def scan(python: Path, url: str, max_tokens: int) -> list[tuple[str, ...]]:
     """Runs the probes -> probe, detector, answers that passed, answers."""
     with tempfile.TemporaryDirectory() as directory:
         config = {
             "system": {"lite": False, "parallel_attempts": 4},
             "run": {
-                "spec": ",".join(PROBES),
+                "spec": {"include": PROBES},
                 "generations": 1,
-                "soft_probe_prompt_cap": prompts,
                 "seed": 0,
             },
             "plugins": {
@@ -62,7 +63,7 @@ def scan(python: Path, url: str, prompts: int) -> list[tuple[str, ...]]:
                     "openai": {
                         "OpenAICompatible": {
                             "uri": url,
-                            "max_tokens": MAX_TOKENS,
+                            "max_tokens": max_tokens,
                             "temperature": 0.0,
                             "stop": [],
                         }

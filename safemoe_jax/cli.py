@@ -31,6 +31,8 @@ VERBS = {
     "export": "write a bundle for PEFT, merged into the base (both ungated), or gated for torch",
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
+# Once interrupted, these have nothing to go on from.
+_KEEP_NOTHING = ("generate", "chat", "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments, rest)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from what is done", EXIT_INTERRUPTED)
+        keeps = arguments.verb not in _KEEP_NOTHING
+        remedy = "; the same command goes on from what is done" if keeps else ""
+        return _say(f"interrupted{remedy}", EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     own = {
         "plan": _add_plan,
         "sweep": _add_sweep,
-        "generate": _add_generate,
+        "generate": verbs.add_generate,
         "chat": verbs.add_chat,
         "serve": verbs.add_serve,
         "export": _add_export,
@@ -240,27 +244,6 @@ def _add_sweep(sub: argparse.ArgumentParser) -> None:
         help="SkyPilot's task for one job; default: launch/skypilot_sweep.yaml",
     )
     sub.add_argument("--only", metavar="NAME", help="run one of the sweep's directories, here")
-
-
-def _add_generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="may be repeated; default: standard input"
-    )
-    verbs.add_sampling(sub)
-    sub.add_argument(
-        "--gates", action="store_true", help="print the mean gate per expert and token"
-    )
-    sub.add_argument(
-        "--routing",
-        default="router",
-        metavar="router|base|uniform|DOMAIN",
-        help="what mixes the experts; uniform and a single domain are ungated",
-    )
-    sub.add_argument(
-        "--allow-ungated",
-        action="store_true",
-        help="permit what the router does not gate; experts were trained to be harmful",
-    )
 
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
@@ -433,21 +416,8 @@ def _parameter(text: str) -> tuple[str, int | str]:
 
 
 def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from safemoe_jax.generate import answer
-
     _refuse_rest("generate", rest)
-    prompts = arguments.prompt or [sys.stdin.read().strip()]
-    answer(
-        arguments.bundle,
-        prompts,
-        routing=arguments.routing,
-        allow_ungated=arguments.allow_ungated,
-        show_gates=arguments.gates,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
+    verbs.generate(arguments)
 
 
 def _chat(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The command line as its user meets it: exit codes, one line on stderr, what --help costs."""
 
+import io
 import json
 import os
 import re
@@ -212,6 +213,15 @@ def test_what_is_no_ones_mistake_has_another_exit_code(safemoe, home, tmp_path, 
         safemoe(*argv)
 
 
+def test_a_verb_that_keeps_nothing_does_not_promise_to_go_on(safemoe, home, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "answer", stopped)
+    argv = "generate", "--bundle", home / "bundle", "--prompt", "a"
+    assert safemoe(*argv) == (75, "", "safemoe: interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_outside_of_training_exits_75(safemoe, home, tmp_path, monkeypatch, number):
     before = signal.getsignal(signal.SIGTERM)
@@ -364,12 +374,30 @@ def test_generate_with_a_bad_setting(mistake, home, monkeypatch, tmp_path, argv,
         assert mistake("generate", "--bundle", home / "bundle", *argv).startswith(message)
 
 
+def test_generate_reads_a_prompt_that_is_typed_and_no_bytes(safemoe, mistake, home, monkeypatch):
+    argv = "generate", "--bundle", home / "bundle"
+    typed = io.StringIO("")
+    typed.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", typed)
+    told = "type the prompt; Ctrl-D in a line of its own ends it\nsafemoe: a prompt is empty; "
+    assert safemoe(*argv)[2].startswith(told)
+    latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", latin)
+    assert mistake(*argv).startswith(
+        "standard input is not utf-8 (unexpected end of data, byte 3);"
+    )
+
+
 def test_a_bundle_that_is_missing_or_was_changed(mistake, home, tmp_path):
     def line(bundle):
         return mistake("generate", "--bundle", bundle, "--prompt", "a")
 
     assert line(tmp_path).startswith(f"{tmp_path} is no bundle: it has no manifest.json; give")
     bundle = tmp_path / "bundle"
+    assert line(bundle).startswith(f"{bundle} is no bundle: there is no such directory; give")
+    bundle.symlink_to(home / "bundle")
+    assert line(bundle).startswith(f"{bundle} is no bundle: it, or its manifest.json, is a symbol")
+    bundle.unlink()
     subprocess.run(["cp", "-r", home / "bundle", bundle], check=True)
     content = bytearray((bundle / "router.safetensors").read_bytes())
     content[-1] ^= 1

@@ -1,6 +1,7 @@
 """`safemoe chat`: a conversation in the terminal, with the router's gates under each answer."""
 
 import contextlib
+import re
 import signal
 import sys
 import unicodedata
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich.cells import cell_len, chop_cells
+from rich.columns import Columns
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
@@ -21,10 +23,14 @@ from safemoe_jax.generate import check_sampling, on_devices
 from safemoe_jax.inference.engine import Engine, Request
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.progress import console
+from safemoe_jax.serving import keyboard
 from safemoe_jax.serving.text import TextStream
 from safemoe_jax.weights.bundle import read_bundle
 
 _BAR = 10  # characters from no gate to a whole one
+_HELP = "Ctrl-C stops an answer, Ctrl-D ends, /new begins anew"
+# Of one word, so that what begins with a path can still be asked.
+_COMMAND = re.compile(r"/\w*")
 
 
 def chat(
@@ -51,30 +57,39 @@ def chat(
     check_sampling(max_new_tokens, temperature, top_p)
     if not (console.is_terminal and sys.stdin.isatty()):
         raise UserError("chat needs a terminal; `safemoe generate` reads standard input")
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - lines can be edited once it is imported
+    keyboard.edit_lines()
     # SIGINT is an answer's; whoever wants an end of all sends this.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     bundle = read_bundle(directory, None)
-    loaded = on_devices(directory, bundle)
+    with console.status(Text(f"loading {directory} and its base {bundle.base.source}")):
+        loaded = on_devices(directory, bundle)
     with jax.set_mesh(loaded.mesh):
         speaker = Speaker(
             Engine(loaded.model, loaded.variables, Routed(), slots=1),
             ChatFormat(loaded.base.tokenizer),
             bundle.config.data.domains,
         )
-        console.print("Ctrl-C stops an answer, Ctrl-D ends, /new begins anew", style="dim")
+        console.print(_HELP, style="dim")
         start = [{"role": "system", "content": system}] if system else []
         turns = list(start)
         while (text := _read()) is not None:
             if text == "/new":
                 turns = list(start)
+                console.print("a new conversation", style="dim")
+                continue
+            if _COMMAND.fullmatch(text):
+                console.print(_HELP, style="dim" if text == "/help" else "yellow")
                 continue
             asked = [*turns, {"role": "user", "content": text}]
             prompt = speaker.format.prompt_ids(asked)
-            room = loaded.model.spec.max_positions - len(prompt)
+            most = loaded.model.spec.max_positions
+            room = most - len(prompt)
             if room < 1:
-                console.print("the conversation is full; /new begins another", style="yellow")
+                remedy = "say less" if turns == start else "say less, or begin anew by /new"
+                console.print(
+                    f"with that it has {len(prompt)} tokens, of {most} at most; {remedy}",
+                    style="yellow",
+                )
                 continue
             ends = frozenset([speaker.format.end_of_turn])
             settings = (min(max_new_tokens, room), temperature, top_p, seed)
@@ -105,16 +120,24 @@ class Speaker:
         self.format, self._engine, self._domains = format, engine, domains
 
     def say(self, request: Request) -> str:
-        """Prints an answer and a line of its mean gates -> the answer."""
-        text, said, line = TextStream(self.format.text), "", ""
+        """Prints an answer, why it broke off if it did, and its mean gates -> the answer."""
+        text, said, line, finish = TextStream(self.format.text), "", "", None
         gates_TE: list[np.ndarray] = []
         self._engine.submit(request)
         with (
             _interruptible(request),
-            Live(console=console, transient=True, refresh_per_second=12) as live,
+            keyboard.unseen(),
+            Live(
+                # The first prompt of each length waits for the compiler.
+                Text("reading the prompt", style="dim"),
+                console=console,
+                transient=True,
+                refresh_per_second=12,
+            ) as live,
         ):
             while self._engine.busy:
                 for event in self._engine.step():
+                    finish = event.finish
                     gates_TE.append(event.gates_LE.mean(axis=0))
                     if event.token is None:
                         continue
@@ -126,20 +149,28 @@ class Speaker:
                     live.update(self._view(line, gates_TE[-1]))
         rest = text.end()
         finished, line = _lines(line + rest, console.width)
-        for one in (*finished, line):
+        for one in (*finished, line) if line else finished:
             console.print(Text(one))
+        if finish is None:
+            console.print("stopped", style="dim")
+        elif finish == "length":
+            console.print(f"cut off after {request.max_new_tokens} tokens", style="dim")
         if gates_TE:
-            mean_E = np.mean(gates_TE, axis=0)
-            shown = (f"{d} {g:+.2f}" for d, g in zip(self._domains, mean_E, strict=True))
-            console.print(Text(f"gates, mean: {', '.join(shown)}", style="dim"))
+            gates = zip(self._domains, np.mean(gates_TE, axis=0), strict=True)
+            shown = ("gates, mean:", *(f"{domain} {_number(gate)}" for domain, gate in gates))
+            console.print(Columns([Text(one, style="dim") for one in shown], padding=(0, 2)))
         return said + rest
 
     def _view(self, line: str, gates_E: np.ndarray) -> Group:
         """What moves under the lines that are finished: the next one, and the newest gates."""
         table = Table.grid(padding=(0, 1))
         for domain, gate in zip(self._domains, gates_E, strict=True):
-            table.add_row(Text(domain, style="dim"), _bar(gate), Text(f"{gate:+.2f}", style="dim"))
+            table.add_row(Text(domain, style="dim"), _bar(gate), Text(_number(gate), style="dim"))
         return Group(Text(line), table)
+
+
+def _number(gate: float) -> str:
+    return f"{gate:+z.2f}"  # z: no -0.00
 
 
 def _bar(gate: float) -> Text:

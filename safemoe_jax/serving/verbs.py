@@ -1,6 +1,7 @@
-"""The arguments of `safemoe chat` and `safemoe serve`; JAX is imported once they are read."""
+"""The arguments of `safemoe generate`, `chat` and `serve`; JAX is imported once they are read."""
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -11,6 +12,57 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int, default=0)
+
+
+def add_generate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be repeated; default: standard input"
+    )
+    add_sampling(sub)
+    sub.add_argument(
+        "--gates", action="store_true", help="print the mean gate per expert and token"
+    )
+    sub.add_argument(
+        "--routing",
+        default="router",
+        metavar="router|base|uniform|DOMAIN",
+        help="what mixes the experts; uniform and a single domain are ungated",
+    )
+    sub.add_argument(
+        "--allow-ungated",
+        action="store_true",
+        help="permit what the router does not gate; experts were trained to be harmful",
+    )
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from safemoe_jax.generate import answer
+
+    answer(
+        arguments.bundle,
+        arguments.prompt or [_standard_input()],
+        routing=arguments.routing,
+        allow_ungated=arguments.allow_ungated,
+        show_gates=arguments.gates,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+
+
+def _standard_input() -> str:
+    from safemoe_jax.errors import UserError
+
+    if sys.stdin.isatty():
+        print("type the prompt; Ctrl-D in a line of its own ends it", file=sys.stderr)
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"standard input is not {error.encoding} ({error.reason}, byte {error.start}); give "
+            "text in that encoding"
+        ) from error
 
 
 def add_chat(sub: argparse.ArgumentParser) -> None:

@@ -112,10 +112,15 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
       UserError: where there is none, or it is of another kind or version, or damaged.
     """
     path = directory / MANIFEST
-    if directory.is_symlink() or path.is_symlink() or not path.is_file():
-        raise UserError(
-            f"{directory} is no {kind.name}: it has no {MANIFEST}; give a {kind.name}'s directory"
-        )
+    why = None
+    if not directory.is_dir():
+        why = "there is no such directory"
+    elif directory.is_symlink() or path.is_symlink():
+        why = f"it, or its {MANIFEST}, is a symbolic link"
+    elif not path.is_file():
+        why = f"it has no {MANIFEST}"
+    if why:
+        raise UserError(f"{directory} is no {kind.name}: {why}; give a {kind.name}'s directory")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
