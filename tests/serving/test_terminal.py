@@ -195,7 +195,7 @@ def test_a_paste_is_one_turn():
             assert select.select([typed], [], [], 60)[0], screen
             screen += os.read(typed, 4096).decode()
 
-    see("> ")
+    see(re.escape("\x1b[?2004h") + ".*> ")  # the terminal is asked to mark what is pasted
     os.write(typed, b"\x1b[200~Cats?\rAnd dogs?\x1b[201~\r")
     see("> (?s:.*)> ")
     os.write(typed, b"Mice?\r")
