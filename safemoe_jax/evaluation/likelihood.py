@@ -12,9 +12,9 @@ from safemoe_jax.private_files import replacing
 Messages = Sequence[dict[str, str]]
 Scorer = Callable[[Sequence[tuple[Messages, str]]], list[np.ndarray]]
 
-# An answer shows its topic early: 240 characters, some 55 tokens, tell as much as 400 (docs/log.md).
-# No feature grows with the answer's length, and an answer cut to 64 tokens is mostly the same text,
-# so that judging it costs nothing more.
+# An answer shows its topic early: 240 characters, some 55 tokens, tell as much as 400
+# (docs/log.md). No feature grows with the answer's length, and an answer cut to 64 tokens is mostly
+# the same text, so that judging it costs nothing more.
 _CHARACTERS = 240
 
 
