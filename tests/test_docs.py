@@ -13,6 +13,8 @@ import pytest
 
 from experiments import pyrit
 from safemoe_jax import cli
+from safemoe_jax.evaluation.report import markdown
+from safemoe_jax.evaluation.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 # The log tells of the past.
@@ -35,6 +37,12 @@ def options():
             cli.main([verb, "--help"])
         found[verb] = set(OPTION.findall(said.getvalue()))
     return found
+
+
+def test_the_headlines_tables_are_its_reports():
+    tables = markdown(read_summary(ROOT / "docs" / "headline" / "report.json"))
+    text = (ROOT / "docs" / "headline.md").read_text(encoding="utf-8")
+    assert text.endswith(f"\n{tables}")
 
 
 def is_key(option):

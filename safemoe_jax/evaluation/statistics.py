@@ -13,15 +13,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.stats import chi, norm, t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
 SIGNIFICANCE = 0.05
 CONFIDENCE = 1 - SIGNIFICANCE
 RESAMPLES = 9_999
-_CERTAIN = 8.0  # standard errors; scipy's noncentral t knows no power of such a difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +187,16 @@ def power(difference: float, spread: float, groups: int, *, rates: bool) -> floa
     """
     if rates:
         spread = max(spread, discordant_spread(abs(difference), difference))
-    if spread == 0 or math.sqrt(groups) * abs(difference) / spread > _CERTAIN:
+    if spread == 0:
         return 1.0
-    return float(TTestPower().power(abs(difference) / spread, groups, SIGNIFICANCE))
+    # By the noncentral t distribution, which SciPy's and statsmodels' own return NaN of in places:
+    # a normal over the samples' spread, whose distribution is integrated.
+    degrees, shift = groups - 1, math.sqrt(groups) * abs(difference) / spread
+    critical = t(degrees).ppf(1 - SIGNIFICANCE / 2)
+    samples = chi(degrees, scale=1 / math.sqrt(degrees))
+    return float(
+        samples.expect(lambda x: norm.cdf(shift - critical * x) + norm.cdf(-shift - critical * x))
+    )
 
 
 def detectable(spread: float, groups: int, target: float = 0.8, *, rates: bool) -> float:
@@ -204,7 +211,7 @@ def detectable(spread: float, groups: int, target: float = 0.8, *, rates: bool) 
 @functools.lru_cache
 def _detectable_effect(groups: int, target: float) -> float:
     """The same in units of the spread; finding it takes a search."""
-    return float(TTestPower().solve_power(nobs=groups, alpha=SIGNIFICANCE, power=target))
+    return float(brentq(lambda effect: power(effect, 1.0, groups, rates=False) - target, 0, 100))
 
 
 def discordant_spread(share: float, difference: float) -> float:

@@ -1,6 +1,9 @@
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, permutation_test
+from statsmodels.stats.power import TTestPower
 
 from safemoe_jax.evaluation import statistics
 
@@ -118,9 +121,18 @@ def test_power_and_what_can_be_detected():
     assert spread == pytest.approx(0.5723, abs=1e-4)
     assert statistics.power(0.15, spread, 62, rates=True) == pytest.approx(0.53, abs=0.02)
     assert 0.99 < statistics.power(0.15, spread, 300, rates=True) < 1.0
-    assert statistics.power(0.15, 0.05, 300, rates=False) == 1.0  # 52 standard errors
+    assert statistics.power(0.15, 0.05, 300, rates=False) == pytest.approx(1.0)  # 52 errors
     found = statistics.detectable(spread, 300, rates=True)
     assert statistics.power(found, spread, 300, rates=True) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("groups", [2, 7, 73, 300])  # at 73 statsmodels' own search fails
+def test_power_is_that_of_the_noncentral_t(groups):
+    effect = statistics.detectable(1.0, groups, rates=False)
+    assert statistics.power(effect, 1.0, groups, rates=False) == pytest.approx(0.8)
+    effect = 1 / math.sqrt(groups)  # one standard error
+    expected = TTestPower().power(effect, groups, 0.05)
+    assert statistics.power(effect, 1.0, groups, rates=False) == pytest.approx(expected, abs=1e-9)
 
 
 def test_that_no_prompt_came_out_differently_proves_little():
