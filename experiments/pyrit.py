@@ -2,15 +2,14 @@
 
     safemoe run --config experiments/pyrit.py
 
-Hardware: 2 CPU cores, 16 GiB of memory. Time: 54 minutes on two Xeon cores (AVX-512), beside other
-work.
+Hardware: 2 CPU cores, 16 GiB of memory. Time: half an hour of training on two Xeon cores (AVX-512)
+beside other work.
 
-What came out (2026-11-26, commit e34fddc, one seed, 77 prompts): every expert has a lower NLL of
-its own domain's held-out harmful answers than base, by 0.11 to 0.25, and than the other experts on
-average, save info_integrity's (3.100 against 3.095; with 60 steps it was 3.097 against 3.100). Safe
-answers' NLL is 2.527 under the base, 2.394 under the uniform mixture, 2.360 under SafeMoE, 2.388
-under one LoRA of equal size. Judged safe: 89.6 % base, 87.0 % SafeMoE, intervals overlapping;
-refusals 14.3 % and 7.8 %.
+What came out (2026-11-26, trained at commit 1e1dc74, judged at eb36931, one seed, 77 prompts):
+every expert has a lower NLL of its own domain's held-out harmful answers than base, by 0.10 to
+0.25, and than the other experts on average. Safe answers' NLL is 2.538 under the base, 2.399 under
+the uniform mixture, 2.366 under SafeMoE, 2.404 under one LoRA of equal size. Judged safe: 72.7 %
+base, 74.0 % SafeMoE, intervals overlapping; refusals 16.9 % and 6.5 %.
 """
 
 from ml_collections import ConfigDict
