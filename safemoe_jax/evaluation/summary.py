@@ -72,7 +72,7 @@ def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
     answers = [] if texts == "none" else _json_lines(path)
     return {
         "schema": SCHEMA,
-        "name": workdirs[0].name,
+        "name": _name(workdirs[0]),
         "demonstration": any(each["demonstration"] for each in results),
         "full": texts == "whole",
         "split": first["provenance"]["split"],
@@ -143,6 +143,12 @@ def read_summary(path: Path) -> Row:
 
 def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[:characters].rstrip() + "…"
+
+
+def _name(workdir: Path) -> str:
+    """A directory's name, with the one before where it is a seed's number."""
+    home = workdir.resolve()
+    return f"{home.parent.name}/{home.name}" if home.name.isdigit() else home.name
 
 
 def _check_together(workdirs: Sequence[Path], configs: Sequence[Row]) -> None:
