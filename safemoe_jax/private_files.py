@@ -28,7 +28,7 @@ def replacing(
       binary: bytes instead of UTF-8 text.
     """
     place = path.parent if scratch is None else scratch
-    descriptor, part = tempfile.mkstemp(dir=place, prefix=f".{path.name}.")
+    descriptor, part = tempfile.mkstemp(".new", f".{path.name}.", place)
     try:
         with os.fdopen(descriptor, *(("wb",) if binary else ("w", -1, "utf-8"))) as file:
             yield file
@@ -37,6 +37,11 @@ def replacing(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
         raise
+
+
+def left_by_kills(directory: Path) -> list[Path]:
+    """What `replacing` had begun in a directory when its process was killed."""
+    return sorted(directory.glob(".*.new"))
 
 
 def replace_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from safemoe_jax.config import Config, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.parallel.hosts import all_agree, first_says, is_first, wait_for_all
-from safemoe_jax.private_files import replacing
+from safemoe_jax.private_files import left_by_kills, replacing
 from safemoe_jax.remote import Mirror, is_remote
 
 # What may differ between two runs in one directory: it decides nothing that is stored.
@@ -166,8 +166,8 @@ class Workdir:
         if not self.root.exists() or (self.root / "config.json").exists():
             return
         # Where a run was killed as it began there is the lock, and perhaps half a config.json.
-        names = {path.name for path in self.root.iterdir()}
-        if others := sorted(names - {"lock", ".config.json.new"}):
+        known = {self.root / "lock", *left_by_kills(self.root)}
+        if others := sorted(path.name for path in set(self.root.iterdir()) - known):
             raise UserError(
                 f"--workdir {self.root} holds {others[0]!r} and no config.json, so it is no run's; "
                 "give a new or an empty directory"
@@ -180,6 +180,8 @@ class Workdir:
             raise UserError(
                 f"another process is working in {self.root}; wait for it, or give another --workdir"
             ) from None
+        for scratch in left_by_kills(self.root):
+            scratch.unlink()
         values = json.loads(json.dumps(to_dict(self._config)))
         path = self.root / "config.json"
         if path.exists():

@@ -362,7 +362,7 @@ def test_a_gate_is_trained_on_imported_experts(safemoe, mistake, home, adapters,
         ("--config.experts.targets=('q',)", "config.experts.targets is ('q',), and the experts in"),
         (
             "--config.experts.source=/none",
-            "/none is no set of imported experts: it has no manifest",
+            "/none is no set of imported experts: there is no such directory",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 
 def test_a_run_killed_as_it_began_is_taken_up(tmp_path):
     (tmp_path / "lock").write_text("")
-    (tmp_path / ".config.json.new").write_text('{"seed"')
+    (tmp_path / ".config.json.k1ll3d.new").write_text('{"seed"')
     visit(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock", "run.json"}
 

@@ -120,7 +120,7 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
     elif not path.is_file():
         why = f"it has no {MANIFEST}"
     if why:
-        raise UserError(f"{directory} is no {kind.name}: {why}; give a {kind.name}'s directory")
+        raise UserError(f"{directory} is no {kind.name}: {why}; give the directory of one")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
