@@ -5,11 +5,11 @@
 Hardware: 2 CPU cores, 16 GiB of memory. Time: half an hour of training on two Xeon cores (AVX-512)
 beside other work.
 
-What came out (2026-11-26, trained at commit 1e1dc74, judged at eb36931, one seed, 77 prompts):
-every expert has a lower NLL of its own domain's held-out harmful answers than base, by 0.10 to
-0.25, and than the other experts on average. Safe answers' NLL is 2.538 under the base, 2.399 under
-the uniform mixture, 2.366 under SafeMoE, 2.404 under one LoRA of equal size. Judged safe: 72.7 %
-base, 74.0 % SafeMoE, intervals overlapping; refusals 16.9 % and 6.5 %.
+What came out (2026-11-26, commits a559850 to 82f15f6, one seed, 77 prompts): every expert has a
+lower NLL of its own domain's held-out harmful answers than base, by 0.10 to 0.25, and than the
+other experts on average. Safe answers' NLL is 2.538 under the base, 2.399 under the uniform
+mixture, 2.366 under SafeMoE, 2.404 under one LoRA of equal size. Judged safe: 72.7 % base, 74.0 %
+SafeMoE, intervals overlapping; refusals 16.9 % and 6.5 %.
 """
 
 from ml_collections import ConfigDict

@@ -15,9 +15,6 @@ DRY_RUN="" POLL=60 DEADLINE=24h ALLOW_DIRTY="" ENV_FILE="" JOB=()
 
 exec 3>&1 # where a dry run prints, also from within $(...)
 
-# The comment at the head of the script that was called.
-help() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"; }
-
 # Words as a shell would take them, quoted only where they must be.
 quoted() {
   local word words=()

@@ -6,6 +6,9 @@ ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 readonly ROOT VENV
 
+# The comment at the head of the script that was called.
+help() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"; }
+
 say() { printf '%s\n' "$*" >&2; }
 
 die() {

@@ -7,13 +7,9 @@
 # those of transformers itself, and not only with the golden ones in tests/golden.
 set -Eeuo pipefail
 
-if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
-  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
-  exit 0
-fi
-
 # shellcheck source-path=SCRIPTDIR source=_venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
+if [[ "${1:-}" == @(--help|-h) ]]; then help && exit; fi
 
 if [[ "${1:-}" == --parity ]]; then
   EXTRAS=parity

@@ -8,13 +8,9 @@
 # is taken from the cache of `safemoe`, or fetched. No part of CI: it takes minutes and GBs.
 set -Eeuo pipefail
 
-if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
-  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
-  exit 0
-fi
-
 # shellcheck source-path=SCRIPTDIR source=_venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
+if [[ "${1:-}" == @(--help|-h) ]]; then help && exit; fi
 
 UV="${UV:-uv}"
 command -v "$UV" >/dev/null || die "$UV is no command; pip install uv, or give UV=/path/to/uv"

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def add_sampling(sub: argparse.ArgumentParser) -> None:
@@ -12,6 +13,13 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int, default=0)
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "temperature", "top_p", "seed")
+    }
 
 
 def add_generate(sub: argparse.ArgumentParser) -> None:
@@ -44,10 +52,7 @@ def generate(arguments: argparse.Namespace) -> None:
         routing=arguments.routing,
         allow_ungated=arguments.allow_ungated,
         show_gates=arguments.gates,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        **_sampling(arguments),
     )
 
 
@@ -76,10 +81,7 @@ def chat(arguments: argparse.Namespace) -> None:
     terminal.chat(
         arguments.bundle,
         system=arguments.system,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        **_sampling(arguments),
     )
 
 
