@@ -51,6 +51,10 @@ class Interruption:
         asked, self._asked = self._asked, self._any()
         return asked is not None and bool(asked)
 
+    def agreed_at_last(self) -> bool:
+        """The same once no step follows, of all that was noted until then."""
+        return self._noted if jax.process_count() == 1 else bool(self._any())
+
     def _any(self) -> jax.Array:
         mesh = self._mesh
         noted = jax.make_array_from_process_local_data(

@@ -98,11 +98,13 @@ def train(
                 with observer.during("checkpoint"):
                     checkpoints.save(done, state, stage.batches.get_state())
                     publish()  # metrics.jsonl, with the checkpoint that its rows lead to
-            if stop and done < config.steps:
-                checkpoints.wait()
-                raise Interrupted(
-                    f"interrupted in {stage.name} after step {done} of {config.steps}; saved, the "
-                    "same command goes on from there"
-                )
-    checkpoints.wait()
+            if stop:
+                break
+        checkpoints.wait()
+        # Also of what came while the last step was validated and saved: no step reads it.
+        if interruption.agreed_at_last():
+            raise Interrupted(
+                f"interrupted in {stage.name} after step {int(state.step)} of {config.steps}; "
+                "saved, the same command goes on from there"
+            )
     return state

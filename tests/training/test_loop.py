@@ -18,6 +18,7 @@ from toys import leaves_equal
 
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.training import interruption as interruption_module
+from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.interruption import SIGNALS, Interrupted, interruption_noted
 from safemoe_jax.training.metrics import MetricsWriter
 from safemoe_jax.training.observer import Diverged
@@ -112,6 +113,29 @@ def test_sigterm_saves_and_the_next_run_goes_on(whole, tmp_path):
     state = toy_run.run(tmp_path, before=lambda step, state: first_steps.append(step) or state)
     assert first_steps[0] == 7
     same_run(state, tmp_path, whole)
+
+
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_signal_in_the_last_step_is_not_lost(whole, tmp_path, monkeypatch, moment):
+    """The next stage must not begin as if nothing had been."""
+
+    def terminate(step, given=None):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return given
+
+    def save(self, step, *of_step):
+        terminate(step)
+        return saves(self, step, *of_step)
+
+    saves, disturbed = Checkpoints.save, {"before": terminate}
+    if moment == "save":
+        monkeypatch.setattr(Checkpoints, "save", save)
+        disturbed = {}
+    with pytest.raises(Interrupted, match="in experts after step 12 of 12; saved"):
+        toy_run.run(tmp_path, **disturbed)
+    monkeypatch.undo()
+    same_run(toy_run.run(tmp_path), tmp_path, whole)
 
 
 def test_a_second_signal_acts_as_it_always_does():
