@@ -32,7 +32,7 @@ from safemoe_jax.model.attention import (
     rotary,
     rotation,
 )
-from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing
+from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing, kept
 from safemoe_jax.model.precision import at_least_float32, bits, floats
 from safemoe_jax.model.quantization import (
     PARAM_DTYPES,
@@ -267,6 +267,7 @@ class Block(nn.Module):
         kind, past_kv, past_sum_BS = of_layer
         kind = 0 if kind is None else kind
 
+        x_BTD = kept(x_BTD)  # else remat keeps a block's input as it is, and not its bits
         h_BTD = norm(name="attention_norm")(x_BTD)
         gates_BTE, sum_BS = None, past_sum_BS
         if isinstance(routing, Routed):

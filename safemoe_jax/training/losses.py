@@ -143,13 +143,14 @@ def _compacted(hidden_PTD, head, targets_PT, mask_PT, *, with_gradient):
         nll_PT = jax.lax.dynamic_update_slice_in_dim(nll_PT, nll_PC, at, axis=1)
         if with_gradient:
             # d nll / d logits = softmax - one_hot(target), and so through the bound and the head.
-            kernel_VD = dequantized(head.kernel_VD, hidden_PCD.dtype)
-            target_PCD = kernel_VD[targets_PC]
+            # Not a row of the head for each target: XLA on CPUs widens all of it to look them up.
+            one_hot_PCV = jax.nn.one_hot(targets_PC, logits_PCV.shape[-1], dtype=exp_PCV.dtype)
+            slope_PCV = exp_PCV - z_PC[..., None] * one_hot_PCV
             if (cap := head.softcap) is not None:
-                exp_PCV *= 1.0 - (logits_PCV / cap) ** 2
-                target_PCD = (1.0 - (target_PC[..., None] / cap) ** 2) * target_PCD
-            gradient_PCD = contract("PCV,VD->PCD", exp_PCV.astype(kernel_VD.dtype), kernel_VD)
-            gradient_PCD = gradient_PCD / z_PC[..., None] - target_PCD
+                slope_PCV *= 1.0 - (logits_PCV / cap) ** 2
+            kernel_VD = dequantized(head.kernel_VD, hidden_PCD.dtype)
+            gradient_PCD = contract("PCV,VD->PCD", slope_PCV.astype(kernel_VD.dtype), kernel_VD)
+            gradient_PCD /= z_PC[..., None]
             gradient_PCD = jnp.where(mask_PC[..., None], gradient_PCD, 0.0).astype(kernel_VD.dtype)
             gradient_PTD = jax.lax.dynamic_update_slice_in_dim(
                 gradient_PTD, gradient_PCD, at, axis=1
