@@ -18,7 +18,7 @@ import numpy as np
 
 from safemoe_jax.model.precision import at_least_float32, contract
 from safemoe_jax.model.spec import LayerKind, RopeScaling
-from safemoe_jax.parallel.sharding import layout
+from safemoe_jax.parallel.sharding import extent, layout
 
 Kernel = Literal["reference", "cudnn", "splash"]
 
@@ -231,13 +231,16 @@ def attention(
     cached: tuple[jax.Array, jax.Array, jax.Array] | None,
     form: Scores,
 ) -> jax.Array:
-    """Softmax attention, scores in float32.
+    """Causal softmax attention, scores in float32.
+
+    Queries go in blocks, each with the keys up to its end: most of what lies above the diagonal is
+    never computed, and scores exist for one block at a time.
 
     Args:
       q_BTNH: queries of the new tokens.
       k_BTKH: their keys.
       v_BTKH: their values.
-      mask_BTT: true where new token t may see new token s.
+      mask_BTT: true where new token t may see new token s; never for s > t.
       cached: keys [B, K, C, H] and values [B, K, C, H] of earlier tokens, and which slots new token
         t may see, [B, T, C] (or [B, 1, C], alike for all); or None. Heads come first, as the
         matmuls want them: no step transposes the cache.
@@ -252,19 +255,32 @@ def attention(
     # Heads first: so the products are plain matmuls of every head, for which XLA is fast on CPUs.
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    past_k_BKCH, past_v_BKCH, seen_BTC = cached or (None, None, None)
 
-    def scores(k_BKSH, mask):
-        found = capped(contract("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), form.softcap)
-        # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
-        return jnp.where(mask, found, jnp.finfo(found.dtype).min)
+    def of_queries(start: int, end: int) -> jax.Array:
+        def scores(k_BKSH, mask_BTS):
+            product = contract("BKGTH,BKSH->BKGTS", q_BKGTH[:, :, :, start:end], k_BKSH)
+            found = capped(product, form.softcap)
+            # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
+            return jnp.where(mask_BTS[:, None, None], found, jnp.finfo(found.dtype).min)
 
-    parts = [scores(k_BKTH, mask_BTT[:, None, None])]
-    if cached is not None:
-        past_k_BKCH, past_v_BKCH, seen_BTC = cached
-        parts.append(scores(past_k_BKCH, seen_BTC[:, None, None]))
-    weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
-    out_BKGTH = contract("BKGTS,BKSH->BKGTH", weights[..., :length], v_BKTH)
-    if cached is not None:
-        out_BKGTH += contract("BKGTC,BKCH->BKGTH", weights[..., length:], past_v_BKCH)
-    out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4).astype(v_BTKH.dtype)
+        parts = [scores(k_BKTH[:, :, :end], mask_BTT[:, start:end, :end])]
+        if cached is not None:
+            seen = seen_BTC if seen_BTC.shape[1] == 1 else seen_BTC[:, start:end]
+            parts.append(scores(past_k_BKCH, seen))
+        weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
+        out_BKGTH = contract("BKGTS,BKSH->BKGTH", weights[..., :end], v_BKTH[:, :, :end])
+        if cached is not None:
+            out_BKGTH += contract("BKGTC,BKCH->BKGTH", weights[..., end:], past_v_BKCH)
+        return out_BKGTH
+
+    block = _block_of_queries(length)
+    blocks = [of_queries(at, min(at + block, length)) for at in range(0, length, block)]
+    out_BTKGH = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).astype(v_BTKH.dtype)
     return out_BTKGH.reshape(batch, length, heads, head_dim)
+
+
+def _block_of_queries(length: int) -> int:
+    """128, or what makes eight blocks of longer rows: each is compiled on its own. One block where
+    the mesh cuts rows along T."""
+    return length if extent("length") > 1 else max(128, -(-length // 8))

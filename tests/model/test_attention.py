@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,12 @@ def reference(q, k, v, mask, form=PLAIN):
     return out
 
 
+@pytest.fixture(params=[T, 2], ids=["one block", "blocks of two"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(attention_module, "_block_of_queries", lambda length: request.param)
+
+
+@pytest.mark.usefixtures("blocks")
 def test_grouped_causal_attention():
     q, k, v, _, _ = arrays()
     mask = np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T))
@@ -49,13 +57,17 @@ def test_grouped_causal_attention():
     )
 
 
-def test_new_tokens_see_the_filled_slots_of_the_cache_and_no_others():
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("each", [1, T], ids=["all tokens alike", "each token for itself"])
+def test_new_tokens_see_the_filled_slots_of_the_cache_and_no_others(each):
     q, k, v, past_k, past_v = arrays()
     mask = np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T))
     filled = np.array([[True, True, True, False], [True, False, False, False]])
     form = Scores(0.7, 1.5)
-    found = attention(q, k, v, mask, (past_k, past_v, filled[:, None]), form)
-    whole_mask = np.concatenate([np.repeat(filled[:, None], T, axis=1), mask], axis=2)
+    seen = np.repeat(filled[:, None], each, axis=1)
+    seen[:, 1:, 0] = False  # of another token: as behind a window
+    found = attention(q, k, v, mask, (past_k, past_v, seen), form)
+    whole_mask = np.concatenate([np.broadcast_to(seen, (B, T, C)), mask], axis=2)
     expected = reference(
         q,
         np.concatenate([past_k.swapaxes(1, 2), k], axis=1),
@@ -65,6 +77,27 @@ def test_new_tokens_see_the_filled_slots_of_the_cache_and_no_others():
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.abs(found - attention(q, k, v, mask, None, form)).max() > 0.1
+
+
+def test_long_rows_go_in_blocks_and_have_the_gradient_of_one(monkeypatch):
+    rng = np.random.default_rng(3)
+    q, k, v = (
+        rng.normal(size=(1, 300, heads, H)).astype(np.float32) for heads in (N, K, K)
+    )  # blocks of 128, 128 and 44
+    mask = np.tril(np.ones((1, 300, 300), bool))
+
+    def loss(q, k, v):
+        return (attention(q, k, v, mask, None, PLAIN) ** 2).sum()
+
+    def gradients():
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    assert "300,300]" not in str(jax.make_jaxpr(loss)(q, k, v)).replace("bool[1,300,300]", "")
+    in_blocks = gradients()
+    monkeypatch.setattr(attention_module, "_block_of_queries", lambda length: length)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), in_blocks, gradients()
+    )
 
 
 def test_a_token_that_sees_nothing_is_finite():
