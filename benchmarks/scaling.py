@@ -45,7 +45,7 @@ def step_seconds(stage: str, *, experts=EXPERTS, rank=RANK, length=LENGTH, rows=
             run.base, spec=dataclasses.replace(run.base.spec, num_layers=LAYERS)
         )
         cut = {"layers": jax.tree.map(lambda x: x[:LAYERS], params["layers"])}
-        run.params = run.placed("params", params | cut)
+        run.params = run.placed(run.model, "params", params | cut)
         training = Training(run.model, of, stage, run.params)
         batch = empty_tokens((rows, length))
         batch["tokens_BT"][:] = np.random.default_rng(0).integers(100, 40_000, (rows, length))

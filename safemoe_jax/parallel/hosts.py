@@ -36,6 +36,7 @@ def set_up_jax() -> None:
     connect()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def connect(timeout_seconds: int = 300) -> None:
