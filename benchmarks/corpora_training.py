@@ -2,9 +2,10 @@
 
     python benchmarks/corpora_training.py [--rounds N]
 
-Against PEFT with a padding collator, batches of 8, and TRL's SFTTrainer with packing. The same 24
-conversations of each domain, rank 16 on q, k, v, o, loss on answers; loading is not counted, data
-handling and the optimizer are. Examples per second.
+Against PEFT with a padding collator, batches of 8, and TRL's SFTTrainer with packing, all in
+float32 and bfloat16, the base included. The same 24 conversations of each domain, rank 16 on q, k,
+v, o, loss on answers; loading is not counted, data handling and the optimizer are. Examples per
+second.
 """
 
 import sys
@@ -22,8 +23,8 @@ from safemoe_jax.parallel.sharding import put_batch
 PER_DOMAIN, RANK, STEPS, PEFT_BATCH = 24, 16, 8, 8
 
 
-def ours() -> None:
-    of = config()
+def ours(dtype: str) -> None:
+    of = config(model__param_dtype=dtype, model__compute_dtype=dtype)
     assert of.experts.rank == RANK
     with tempfile.TemporaryDirectory() as directory:
         run = experiment(of, directory)
@@ -53,23 +54,27 @@ def main() -> None:
         path = Path(directory) / "corpus.npz"
         write_corpus(path, per_domain=PER_DOMAIN)
         corpus = (base_file(), path, RANK)
-        results = in_turn(
-            {
-                "ours, seven experts at once": side(sys.executable, Path(__file__), "ours"),
-                "PEFT, padding collator": side(
-                    peft, PEERS / "peft_corpora.py", *corpus, PEFT_BATCH
+        sides = {}
+        for dtype in ("float32", "bfloat16"):
+            sides |= {
+                f"ours, seven experts at once, {dtype}": side(
+                    sys.executable, Path(__file__), "ours", dtype
                 ),
-                "TRL, packing": side(trl, PEERS / "trl_sft.py", *corpus, rows, length),
-            },
-            rounds,
-        )
-    mine = median(results["ours, seven experts at once"], "examples_per_second")
+                f"PEFT, padding collator, {dtype}": side(
+                    peft, PEERS / "peft_corpora.py", *corpus, dtype, PEFT_BATCH
+                ),
+                f"TRL, packing, {dtype}": side(
+                    trl, PEERS / "trl_sft.py", *corpus, dtype, rows, length
+                ),
+            }
+        results = in_turn(sides, rounds)
+    mine = median(results["ours, seven experts at once, bfloat16"], "examples_per_second")
     lines = []
     for name, result in results.items():
         speed = median(result, "examples_per_second")
         lines.append((name, f"{speed:.2f}", f"{mine / speed:.2f}"))
-    table("Expert training, real corpora", ("side", "examples/s", "ours / it"), lines)
+    table("Expert training, real corpora", ("side", "examples/s", "ours, bfloat16 / it"), lines)
 
 
 if __name__ == "__main__":
-    ours() if sys.argv[1:2] == ["ours"] else main()
+    ours(*sys.argv[2:]) if sys.argv[1:2] == ["ours"] else main()

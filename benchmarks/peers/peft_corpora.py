@@ -1,6 +1,6 @@
 """PEFT on the real corpora: one LoRA after the other, batches padded to their longest conversation.
 
-Arguments: gguf corpus.npz rank batch_size. Loss on answers alone, as ours.
+Arguments: gguf corpus.npz rank dtype batch_size. Loss on answers alone, as ours.
 """
 
 import sys
@@ -11,7 +11,7 @@ import torch
 from base import adamw_step, corpus, load, lora, report
 from peft import get_peft_model
 
-gguf, path, rank, size = sys.argv[1:]
+gguf, path, rank, dtype, size = sys.argv[1:]
 size = int(size)
 config = lora(rank, "qkvo")
 tokens, offsets, starts, streams = corpus(path)
@@ -28,7 +28,7 @@ def padded(indices) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-model = get_peft_model(load(gguf, "float32"), config, adapter_name="warm_up")
+model = get_peft_model(load(gguf, dtype), config, adapter_name="warm_up")
 adamw_step(model)(padded(range(2)))
 took = 0.0
 for stream in sorted(set(streams.tolist())):

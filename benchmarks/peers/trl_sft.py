@@ -1,7 +1,7 @@
 """TRL's SFTTrainer with packing: one LoRA after the other, an epoch of each corpus.
 
-Arguments: gguf corpus.npz rank rows length. Without a flash-attention kernel, which CPUs lack, its
-packing lets conversations of a row see each other; it is timed as it is.
+Arguments: gguf corpus.npz rank dtype rows length. Without a flash-attention kernel, which CPUs
+lack, its packing lets conversations of a row see each other; it is timed as it is.
 """
 
 import os
@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-gguf, path, rank, rows, length = sys.argv[1:]
+gguf, path, rank, dtype, rows, length = sys.argv[1:]
 tokens, offsets, starts, streams = corpus(path)
 tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(gguf), gguf_file=os.path.basename(gguf))
 
@@ -34,7 +34,7 @@ took = 0.0
 for stream in sorted(set(streams.tolist())):
     with tempfile.TemporaryDirectory() as directory:
         trainer = SFTTrainer(
-            model=load(gguf, "float32"),
+            model=load(gguf, dtype),
             args=SFTConfig(
                 output_dir=directory,
                 packing=True,
@@ -43,7 +43,7 @@ for stream in sorted(set(streams.tolist())):
                 num_train_epochs=1,
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=False,
+                bf16=False,  # mixed precision; a bfloat16 base computes in bfloat16
                 use_cpu=True,
                 save_strategy="no",
                 report_to="none",
