@@ -51,7 +51,7 @@ def peer_python(name: str, *requirements: str, shared: Sequence[str] = REQUIREME
     return python
 
 
-def side(python: str | Path, script: Path, *arguments: str | Path) -> Callable[[], Result]:
+def side(python: str | Path, script: Path, *arguments: object) -> Callable[[], Result]:
     """A side: runs `script` in a fresh process and returns the JSON object that it prints last."""
 
     def run() -> Result:

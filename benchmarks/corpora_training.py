@@ -11,9 +11,10 @@ second.
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from common import PEERS, in_turn, median, peer_python, report, rounds_argument, side, table
+from common import PEERS, Result, in_turn, median, peer_python, report, rounds_argument, side, table
 from inputs import base_file, config, experiment, write_corpus
 from ours import Training
 
@@ -54,7 +55,7 @@ def main() -> None:
         path = Path(directory) / "corpus.npz"
         write_corpus(path, per_domain=PER_DOMAIN)
         corpus = (base_file(), path, RANK)
-        sides = {}
+        sides: dict[str, Callable[[], Result]] = {}
         for dtype in ("float32", "bfloat16"):
             sides |= {
                 f"ours, seven experts at once, {dtype}": side(

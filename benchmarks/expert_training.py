@@ -42,7 +42,9 @@ def main() -> None:
         items, _ = read_corpus(corpus)
         for loss, all_tokens in (("every token", True), ("answers", False)):
             batch = Path(directory) / f"{all_tokens}.npz"
-            np.savez(batch, **full_rows(items, ROWS, LENGTH, all_tokens=all_tokens))
+            np.savez(
+                batch, allow_pickle=False, **full_rows(items, ROWS, LENGTH, all_tokens=all_tokens)
+            )
             mine = functools.partial(side, sys.executable, Path(__file__), "ours", batch)
             peft = functools.partial(side, python, PEERS / "peft_lora.py", base_file(), batch)
             results = in_turn(

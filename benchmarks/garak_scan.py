@@ -34,6 +34,7 @@ def main() -> None:
         [*serve, "--bundle", str(arguments.bundle)], stdout=subprocess.PIPE, text=True
     ) as server:
         try:
+            assert server.stdout
             if "http://" not in (ready := server.stdout.readline()):
                 sys.exit("the server did not start; its message is above")
             url = "http://" + ready.split("http://")[1].split(";")[0]

@@ -37,7 +37,7 @@ def main() -> None:
         corpus, batch = Path(directory) / "corpus.npz", Path(directory) / "batch.npz"
         write_corpus(corpus, per_domain=20, safe=True)
         items, _ = read_corpus(corpus)
-        np.savez(batch, **full_rows(items, ROWS, LENGTH, all_tokens=False))
+        np.savez(batch, allow_pickle=False, **full_rows(items, ROWS, LENGTH, all_tokens=False))
         peer = PEERS / "xlora.py"
         results = in_turn(
             {

@@ -11,6 +11,7 @@ gradient), the same for the experts plus their gradient, and the causal half of 
 import argparse
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from safemoe_jax.data.pipeline import empty_tokens
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 
-LLAMA = dict(
+LLAMA: dict[str, Any] = dict(
     vocab_size=128_256,
     num_heads=32,
     num_kv_heads=8,

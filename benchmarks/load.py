@@ -141,7 +141,7 @@ def _http(url: str) -> httpx.AsyncClient:
 async def _one(
     http: httpx.AsyncClient, model: str, questions: Sequence[Question], draw: random.Random
 ) -> Record:
-    (kind,) = draw.choices(list(MIXTURE), MIXTURE.values())
+    (kind,) = draw.choices(list(MIXTURE), list(MIXTURE.values()))
     index, began = draw.randrange(len(questions)), time.monotonic()
     said, first, status = None, math.nan, 0
     try:

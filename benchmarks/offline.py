@@ -39,7 +39,8 @@ def draw_questions(chat: ChatFormat, room: int) -> list[tuple[Question, list[int
     draw, pairs = random.Random(0), []
     least = len(chat.prompt_ids([{"role": "user", "content": "0:"}]))
     for index in range(QUESTIONS):
-        wanted, text, prompt = least * (room / least) ** draw.random(), f"{index}:", []
+        wanted, text = least * (room / least) ** draw.random(), f"{index}:"
+        prompt: list[int] = []
         while len(prompt) < wanted:
             longer = f"{text} {draw.choice(WORDS)}"
             ids = chat.prompt_ids([{"role": "user", "content": longer}])

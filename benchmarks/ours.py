@@ -72,7 +72,8 @@ class Training:
 
     def flops(self, batch: dict[str, Any]) -> float:
         """Of the compiled step, as XLA counts them; a scan's body counts once."""
-        return self._step.lower(self._state, self._frozen, batch).compile().cost_analysis()["flops"]
+        compiled = self._step.lower(self._state, self._frozen, batch).compile()
+        return dict(compiled.cost_analysis() or {})["flops"]
 
 
 def step_speed(of: Config, stage: str, path: str, steps: int) -> float:

@@ -34,7 +34,7 @@ def planned(name: str) -> list[Plan]:
     module = importlib.import_module(f"experiments.{name}")
     config = freeze(module.get_config())
     plans = []
-    for topology in re.findall(r"safemoe plan .*--topology (\S+)", module.__doc__):
+    for topology in re.findall(r"safemoe plan .*--topology (\S+)", module.__doc__ or ""):
         began, cpu = time.perf_counter(), time.process_time()
         found = plan(config, read_spec(config.model.source), get_topology(topology))
         wall, cpu = time.perf_counter() - began, time.process_time() - cpu

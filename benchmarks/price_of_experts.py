@@ -11,6 +11,7 @@ the FLOPs.
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def experts_share(run) -> float:
 def main() -> None:
     rounds = rounds_argument(__doc__, default=5).parse_args().rounds
     with tempfile.TemporaryDirectory() as directory:
-        path = f"{directory}/corpus.npz"
+        path = Path(directory) / "corpus.npz"
         write_corpus(path, per_domain=16)
         batch = full_rows(read_corpus(path)[0], ROWS, LENGTH, all_tokens=False)
         many = {**batch, "expert_ids_B": jnp.arange(ROWS, dtype=jnp.int32)}
@@ -73,7 +74,7 @@ def main() -> None:
             "gate step": lambda: gate.run(batch),
             "base step": lambda: bare(batch),
         }
-        times = {name: [] for name in works}
+        times: dict[str, list[float]] = {name: [] for name in works}
         for turn in range(rounds + 1):
             for name, work in works.items():
                 start = time.perf_counter()

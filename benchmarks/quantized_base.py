@@ -42,7 +42,9 @@ def gradient(run: Experiment, batch: dict[str, jax.Array]) -> tuple[np.ndarray, 
     arguments = drawn(run.model, "experts")["experts"], run.params, batch
     step = jax.jit(jax.grad(loss)).lower(*arguments).compile()
     found = [np.ravel(leaf) for leaf in jax.tree.leaves(step(*arguments))]
-    return np.concatenate(found), step.memory_analysis().temp_size_in_bytes
+    memory = step.memory_analysis()
+    assert memory
+    return np.concatenate(found), memory.temp_size_in_bytes
 
 
 def measured(dtype: str) -> dict[str, Any]:

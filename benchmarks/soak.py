@@ -73,7 +73,14 @@ def run_ours(arguments: Any, bundle: Path, asked: list[Question], said: list[Ans
     """The load on `safemoe serve` -> the table's row."""
 
     def command(port: int) -> list[str | Path]:
-        program = [sys.executable, "-m", "safemoe_jax.cli", "serve", "--bundle", bundle]
+        program: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "safemoe_jax.cli",
+            "serve",
+            "--bundle",
+            bundle,
+        ]
         limits = {"slots": arguments.slots, "max-queue": 2 * arguments.clients}
         numbers = {"port": port, "max-length": LENGTH, **limits}
         return [*program, *(f"--{name}={value}" for name, value in numbers.items())]
@@ -104,8 +111,8 @@ def run_peer(
 
         def command(port: int) -> list[str | Path]:
             where = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-            program = [python.with_name("transformers"), "serve", base, *where]
-            return [*program, "--dtype", dtype, "--log-level", "error", *options]
+            program: list[str | Path] = [python.with_name("transformers"), "serve", base]
+            return [*program, *where, "--dtype", dtype, "--log-level", "error", *options]
 
         with serving(command) as (url, process, _):
             alone = asyncio.run(ask_alone(url, str(base), asked))
@@ -141,7 +148,9 @@ def row(name: str, load: Load, expected: Sequence[Answer]) -> list[str]:
     whole = [one for one in answered if one.said]
     wrong = [one for one in whole if one.said != expected[one.question][:2]]
     texts = {answer.text for answer in expected}
-    crossed = [one for one in wrong if one.said[0] in texts - {expected[one.question].text}]
+    crossed = [
+        one for one in wrong if one.said and one.said[0] in texts - {expected[one.question].text}
+    ]
     garbage = [one.status for one in load.records if one.kind == "garbage"]
     refused = sum(400 <= status < 500 for status in garbage)
     tokens = sum(expected[one.question].tokens for one in whole)
