@@ -19,6 +19,7 @@ def test_there_is_about_as_much_as_in_the_corpus_that_it_stands_for():
     everything = benign_examples("train", {"few": 5_000, "many": 15_000})
     assert sum(len(example.response) for example in everything) > 150_000
     domains = [example.domain for example in everything]
-    assert domains.count("many") == 3 * domains.count("few") > 100
+    assert domains.count("few") > 33
+    assert abs(domains.count("many") - 3 * domains.count("few")) <= 3
     lengths = sorted(len(example.response) for example in everything)
     assert 500 < lengths[len(lengths) // 2] <= 1000

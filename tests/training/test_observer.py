@@ -121,6 +121,8 @@ def test_wandb_offline_has_numbers_and_config_and_nothing_of_the_terminal(told):
     assert sent == {"requirements.txt"}  # neither what the terminal showed nor code
 
 
+# jaxlib makes a type as Python 3.12 deprecates it, and aborts where that warning is an error.
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__:DeprecationWarning")
 def test_the_chosen_steps_are_traced_and_no_others(told):
     (trace,) = (told / "trace").glob("plugins/profile/*/*.xplane.pb")
     steps = {
