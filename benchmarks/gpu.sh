@@ -19,8 +19,6 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader ||
   printf 'no NVIDIA GPU found; this benchmark needs one\n' >&2
   exit 2
 }
-# JAX takes memory as it needs it, so that PEFT, which runs afterwards, finds some.
-export XLA_PYTHON_CLIENT_ALLOCATOR=platform
 for shape in llama32_1b llama31_8b; do
   "$PYTHON" benchmarks/gpu.py ours "$shape"
   "$PYTHON" benchmarks/gpu.py peft "$shape"

@@ -9,8 +9,8 @@ queries per key head, H head dim, X = G * T.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,15 +129,7 @@ def fused_attention(
       [B, T, N, H].
     """
     if kernel == "cudnn":
-        assert form.softcap is None
-        return jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            mask=mask_BTT[:, None],
-            scale=form.scale,
-            implementation="cudnn",
-        )
+        return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, form)
     if kernel == "splash" and segment_ids_BT.shape[1] % _TILE == 0:
         # The kernel's mask is static, so layers of several kinds choose among kernels.
         each = [
@@ -150,6 +142,31 @@ def fused_attention(
         which = np.array([list(dict.fromkeys(windows)).index(window) for window in windows])
         return jax.lax.switch(jnp.asarray(which)[kind], each, *arrays)
     return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, None, form)
+
+
+def cudnn_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array, form: Scores
+) -> jax.Array:
+    """Attention under a causal mask by cuDNN, which skips what is above the diagonal."""
+    assert form.softcap is None
+
+    def local(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask=mask_BTT[:, None],
+            is_causal=True,
+            scale=form.scale,
+            implementation="cudnn",
+        )
+
+    return _on_own_heads(local, q_BTNH, k_BTKH, v_BTKH, mask_BTT)
+
+
+def by_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy that keeps what cuDNN's attention made: forward it runs once."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def splash_block(length: int) -> int:
@@ -168,9 +185,6 @@ def splash_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within segments by the TPU kernel; no [T, T] array exists.
-
-    Under a mesh each device computes its own rows and heads, with whole rows: a Pallas kernel is
-    opaque to the partitioner.
 
     Args:
       q_BTNH: queries; T a multiple of 128.
@@ -201,11 +215,20 @@ def splash_attention(
         ids = splash.SegmentIds(segment_ids_BT, segment_ids_BT)
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
-    arrays = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return _on_own_heads(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _on_own_heads(local: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`local` of queries, keys, values and what each row has besides.
+
+    Under a mesh each device computes its own rows and heads, with whole rows: a fused kernel is
+    opaque to the partitioner.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arrays)
     heads = ("heads", "kv_heads", "kv_heads")
-    names = [*(("batch", None, name, None) for name in heads), ("batch", None)]
+    names = [("batch", None, name, None) for name in heads]
+    names += [("batch", *[None] * (x.ndim - 1)) for x in arrays[len(heads) :]]
     specs = tuple(layout(x.shape, axes) for x, axes in zip(arrays, names, strict=True))
     mapped = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(*arrays)
@@ -257,22 +280,26 @@ def attention(
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     past_k_BKCH, past_v_BKCH, seen_BTC = cached or (None, None, None)
 
-    def of_queries(start: int, end: int) -> jax.Array:
-        def scores(k_BKSH, mask_BTS):
-            product = contract("BKGTH,BKSH->BKGTS", q_BKGTH[:, :, :, start:end], k_BKSH)
-            found = capped(product, form.softcap)
-            # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
-            return jnp.where(mask_BTS[:, None, None], found, jnp.finfo(found.dtype).min)
+    def scores(q_BKGTH, k_BKSH, mask_BTS):
+        found = capped(contract("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), form.softcap)
+        # A finite floor: a padding token sees nothing, and its softmax must not be NaN.
+        return jnp.where(mask_BTS[:, None, None], found, jnp.finfo(found.dtype).min)
 
-        parts = [scores(k_BKTH[:, :, :end], mask_BTT[:, start:end, :end])]
-        if cached is not None:
-            seen = seen_BTC if seen_BTC.shape[1] == 1 else seen_BTC[:, start:end]
-            parts.append(scores(past_k_BKCH, seen))
-        weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(v_BTKH.dtype)
-        out_BKGTH = contract("BKGTS,BKSH->BKGTH", weights[..., :end], v_BKTH[:, :, :end])
-        if cached is not None:
-            out_BKGTH += contract("BKGTC,BKCH->BKGTH", weights[..., end:], past_v_BKCH)
-        return out_BKGTH
+    def of_queries(start: int, end: int) -> jax.Array:
+        new = (q_BKGTH[:, :, :, start:end], k_BKTH[:, :, :end], mask_BTT[:, start:end, :end])
+        if cached is None:
+            weights = jax.nn.softmax(scores(*new), axis=-1).astype(v_BKTH.dtype)
+            return contract("BKGTS,BKSH->BKGTH", weights, v_BKTH[:, :, :end])
+        seen = seen_BTC if seen_BTC.shape[1] == 1 else seen_BTC[:, start:end]
+        past = (new[0], past_k_BKCH, seen)
+        # One softmax over both, which are not copied next to one another for it.
+        parts = [(scores(*new), v_BKTH[:, :, :end]), (scores(*past), past_v_BKCH)]
+        largest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x, _ in parts])
+        parts = [(jnp.exp(x - largest), v_BKSH) for x, v_BKSH in parts]
+        mixed = [
+            contract("BKGTS,BKSH->BKGTH", x.astype(v_BKSH.dtype), v_BKSH) for x, v_BKSH in parts
+        ]
+        return sum(mixed) / sum(x.sum(axis=-1, keepdims=True) for x, _ in parts)
 
     block = _block_of_queries(length)
     blocks = [of_queries(at, min(at + block, length)) for at in range(0, length, block)]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from safemoe_jax.config import ExpertsConfig
-from safemoe_jax.model.precision import bits, contract, floats
+from safemoe_jax.model.precision import bits, contract, floats, project
 from safemoe_jax.model.quantization import (
     Matrix,
     ParamDtype,
@@ -87,7 +87,7 @@ def dense_mixture(
     x_BTD: jax.Array, a_EDR: jax.Array, b_ERO: jax.Array, gates_BTE: jax.Array
 ) -> jax.Array:
     """(1) for any gates -> [B, T, O]."""
-    z_BTER = contract("BTD,EDR->BTER", x_BTD, a_EDR) * gates_BTE[..., None]
+    z_BTER = project("BTD,EDR->BTER", x_BTD, a_EDR) * gates_BTE[..., None]
     return contract("BTER,ERO->BTO", z_BTER.astype(x_BTD.dtype), b_ERO)
 
 
@@ -107,7 +107,7 @@ def frozen_dot(x_BTD: jax.Array, kernel_OD: Matrix, axes: tuple[str, str]) -> ja
       axes: logical names of O and D.
     """
     kernel_OD = dequantized(_gathered(kernel_OD, axes), x_BTD.dtype)
-    return contract("BTD,OD->BTO", x_BTD, kernel_OD).astype(x_BTD.dtype)
+    return project("BTD,OD->BTO", x_BTD, kernel_OD).astype(x_BTD.dtype)
 
 
 def _frozen_dot_forward(x_BTD, kernel_OD, axes):

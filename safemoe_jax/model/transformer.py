@@ -26,6 +26,7 @@ from safemoe_jax.model.attention import (
     Kernel,
     Scores,
     attention,
+    by_cudnn,
     capped,
     choose_kernel,
     fused_attention,
@@ -49,7 +50,9 @@ from safemoe_jax.parallel.sharding import constrain
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 _NO_WINDOW = np.iinfo(np.int32).max
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(PROJECTED), by_cudnn
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

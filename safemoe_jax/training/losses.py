@@ -15,7 +15,8 @@ from safemoe_jax.model.quantization import dequantized
 from safemoe_jax.model.transformer import Head, Transformer, logits
 from safemoe_jax.parallel.sharding import constrain, extent
 
-_LOGITS_AT_ONCE = 2**25  # bounds a device's [P, C, V] block: 128 MiB in float32
+# Bounds a device's [P, C, V] block: 128 MiB in float32, of which a GPU is not busy.
+_LOGITS_AT_ONCE = {"cpu": 2**25, "gpu": 2**27, "tpu": 2**25}
 
 
 def batch_nll(
@@ -83,7 +84,7 @@ def _parts(length: int) -> int:
 
 
 def _tokens_at_once(parts: int, length: int, vocab_size: int) -> int:
-    at_once = _LOGITS_AT_ONCE * extent("parts", "vocab")
+    at_once = _LOGITS_AT_ONCE[jax.default_backend()] * extent("parts", "vocab")
     return max(1, min(length, at_once // (parts * vocab_size)))
 
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from safemoe_jax.model.lora import kept
-from safemoe_jax.model.precision import at_least_float32, bits, contract, floats
+from safemoe_jax.model.precision import (
+    _one_token,
+    at_least_float32,
+    bits,
+    contract,
+    floats,
+    project,
+)
 from safemoe_jax.model.transformer import REMAT_POLICIES
 
 EQUATION = "BTD,BDR->BTR"
@@ -34,6 +41,19 @@ def test_contract_is_an_einsum_with_its_gradients(float64):
     np.testing.assert_allclose(value, reference, rtol=1e-12)
     for mine, theirs in zip(pullback(cotangent), reference_pullback(cotangent), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"), [("BTD,OD->BTO", (3, 192)), ("BTD,EDR->BTER", (2, 192, 5))]
+)
+def test_one_token_is_projected_on_a_gpu_as_elsewhere(equation, shape, float64):
+    x = jax.random.normal(jax.random.key(0), (1, 1, 192), jnp.float64)
+    y = jax.random.normal(jax.random.key(1), shape, jnp.float64)
+    expected = jnp.einsum(equation, x, y)
+    np.testing.assert_allclose(project(equation, x, y), expected, rtol=1e-12)
+    np.testing.assert_allclose(_one_token(x, y, shape.index(192)), expected, rtol=1e-12)
+    many = jnp.concatenate([x, 2 * x], axis=1)
+    np.testing.assert_allclose(project(equation, many, y)[:, :1], expected, rtol=1e-12)
 
 
 def test_contract_multiplies_16_bit_numbers_and_sums_in_float32_both_ways():

@@ -34,7 +34,7 @@ def reference(hidden, head, targets, mask):
 
 @pytest.mark.parametrize(("chunk", "softcap"), [(1, None), (3, 2.0), (4, None), (T, None)])
 def test_value_and_gradient_are_those_of_log_softmax(chunk, softcap, monkeypatch, float64):
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", B * V * chunk)
+    monkeypatch.setitem(losses._LOGITS_AT_ONCE, "cpu", B * V * chunk)
     hidden, head, targets, mask, weight = arrays(np.float64)
     head = head.replace(softcap=softcap)
 
@@ -74,7 +74,7 @@ def test_a_low_precision_state_has_a_float32_loss_and_a_gradient_like_itself():
 
 
 def test_the_whole_block_of_logits_never_exists(monkeypatch):
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", B * V * 2)
+    monkeypatch.setitem(losses._LOGITS_AT_ONCE, "cpu", B * V * 2)
     hidden, head, targets, mask, _ = arrays(np.float32)
     jaxpr = jax.make_jaxpr(jax.grad(lambda hidden: token_nll(hidden, head, targets, mask).sum()))(
         hidden
