@@ -76,9 +76,17 @@ def project(equation: str, x_BTD: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         x_BTD,
         y,
+        cpu=functools.partial(_twice, equation),
         cuda=functools.partial(_one_token, axis=axis),
         default=functools.partial(contract, equation),
     )
+
+
+def _twice(equation: str, x_11D: jax.Array, y: jax.Array) -> jax.Array:
+    """`contract` of one token, which XLA on CPUs multiplies faster as two where it has 16 bits."""
+    if x_11D.dtype.itemsize > 2:
+        return contract(equation, x_11D, y)
+    return contract(equation, jnp.concatenate([x_11D, x_11D], axis=1), y)[:, :1]
 
 
 def _one_token(x_11D: jax.Array, y: jax.Array, axis: int) -> jax.Array:

@@ -34,7 +34,7 @@ from safemoe_jax.model.attention import (
     rotation,
 )
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing, kept
-from safemoe_jax.model.precision import at_least_float32, bits, floats
+from safemoe_jax.model.precision import at_least_float32, bits, floats, project
 from safemoe_jax.model.quantization import (
     PARAM_DTYPES,
     Matrix,
@@ -117,11 +117,11 @@ CACHE_AXES = Cache(
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
-    """Next-token logits [..., V] in float32 of hidden states [..., D]."""
+    """Next-token logits [..., V] in float32 of hidden states [B, D] or [B, T, D]."""
     kernel_VD = dequantized(head.kernel_VD, hidden.dtype)
-    dtype = at_least_float32(hidden).dtype
-    found = jnp.einsum("...D,VD->...V", hidden, kernel_VD, preferred_element_type=dtype)
-    return capped(found, head.softcap)
+    hidden_BTD = hidden if hidden.ndim == 3 else hidden[None]
+    logits_BTV = capped(project("BTD,VD->BTV", hidden_BTD, kernel_VD), head.softcap)
+    return logits_BTV if hidden.ndim == 3 else logits_BTV[0]
 
 
 class RMSNorm(nn.Module):

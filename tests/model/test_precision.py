@@ -56,6 +56,13 @@ def test_one_token_is_projected_on_a_gpu_as_elsewhere(equation, shape, float64):
     np.testing.assert_allclose(project(equation, many, y)[:, :1], expected, rtol=1e-12)
 
 
+def test_one_token_of_16_bits_is_what_it_is_among_others():
+    x, y, _ = operands(jnp.bfloat16)
+    y = y[0].T
+    alone = project("BTD,RD->BTR", x[:1, :1], y)
+    np.testing.assert_allclose(alone, contract("BTD,RD->BTR", x[:1], y)[:, :1], rtol=1e-6)
+
+
 def test_contract_multiplies_16_bit_numbers_and_sums_in_float32_both_ways():
     x, y, _ = operands(jnp.bfloat16)
 
