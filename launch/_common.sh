@@ -38,6 +38,15 @@ ask() {
   [[ ! "$DRY_RUN" ]] || printf '%s\n' "$assumed"
 }
 
+# on_signal ACTION SIGNAL...: a trap whose ACTION ends the script.
+#
+# Bash 5.2 reads an action as a part of $(...) if the signal comes while that is expanded, and gives
+# up for want of its ")". At any other time it has run the action before it comes to that line.
+on_signal() {
+  # shellcheck disable=SC2064 # the action is expanded when the signal comes
+  trap "$1"$'\n)' "${@:2}"
+}
+
 # Waits; a signal's trap does not wait for its end.
 pause() {
   [[ "$DRY_RUN" ]] || { sleep "${1:-$POLL}" & wait $!; }

@@ -85,6 +85,7 @@ job() {
     asked="" code=0
     wait "$child" || code=$?
   done
+  trap '' TERM INT # too late
   echo "worker: $(date -u +%FT%TZ) ended with $code"
   echo "$code" >"$top/exit_code.new"
   mv "$top/exit_code.new" "$top/exit_code"

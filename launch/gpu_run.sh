@@ -107,8 +107,8 @@ is_up() { return 0; }
 
 run_by_ssh() {
   pack "$STATE/code.tar.gz"
-  trap 'stop_job; exit "$EXIT_INTERRUPTED"' INT TERM
-  trap 'exit 129' HUP
+  on_signal 'stop_job; exit "$EXIT_INTERRUPTED"' INT TERM
+  on_signal 'exit 129' HUP
   new_logs
   while true; do
     retry "$SET_UP_TRIES" reached || die "${HOSTS[*]}: not all can be reached by ssh; see above"

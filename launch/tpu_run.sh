@@ -307,8 +307,8 @@ run() {
   fi
   pack "$STATE/code.tar.gz"
   trap finish EXIT
-  trap interrupted INT TERM
-  trap 'KEEP=1; exit 129' HUP
+  on_signal interrupted INT TERM
+  on_signal 'KEEP=1; exit 129' HUP
   while true; do
     ensure_slice
     find_or_start_job || continue

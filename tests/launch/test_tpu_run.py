@@ -4,11 +4,12 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import tarfile
 
 import pytest
 
-from .conftest import FAKES, PATIENCE, git, until
+from .conftest import FAKES, PATIENCE, ROOT, git, until
 
 WHERE = ["--zone=us-west4-a"]
 SLICE = [*WHERE, "--accelerator=v5litepod-16", "--poll=0"]
@@ -190,6 +191,13 @@ def test_a_lost_launcher_does_no_harm_and_ctrl_c_saves_and_deletes(pod):
     assert pod.runs() == [CALL]  # nothing was started twice
     assert not pod.is_up
     assert "saved" in (pod.repo / "runs/launch/pod/logs/1/worker-1.log").read_text()
+
+
+@pytest.mark.parametrize("moment", ["kill -TERM $$", ': "$(kill -TERM $$)$(echo x)"'])
+def test_a_signal_is_heard_at_any_moment(moment):
+    script = f"source launch/_common.sh\non_signal 'exit 75' TERM\n{moment}\necho missed\n"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
 
 
 def test_a_slice_of_somebody_else_is_not_touched(pod):
