@@ -77,7 +77,7 @@ def project(equation: str, x_BTD: jax.Array, y: jax.Array) -> jax.Array:
         x_BTD,
         y,
         cpu=functools.partial(_twice, equation),
-        cuda=functools.partial(_one_token, axis=axis),
+        cuda=functools.partial(_by_sums, axis=axis),
         default=functools.partial(contract, equation),
     )
 
@@ -89,11 +89,11 @@ def _twice(equation: str, x_11D: jax.Array, y: jax.Array) -> jax.Array:
     return contract(equation, jnp.concatenate([x_11D, x_11D], axis=1), y)[:, :1]
 
 
-def _one_token(x_11D: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+def _by_sums(x_11D: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     """The sum over `axis` of x * y, as [1, 1, ...].
 
-    For one token XLA on GPUs is quicker so than by a matmul, for which it would first copy y out of
-    the stack of layers. Sums along rows keep a GPU busy; others do in two steps.
+    For this XLA on GPUs reads y where it lies; for a matmul it would first copy it out of the stack
+    of layers. Sums along rows keep a GPU busy; others do if they are made in two steps.
     """
     dtype = _sum_type(x_11D)
     around = [other for other in range(y.ndim) if other != axis]

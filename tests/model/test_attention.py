@@ -1,15 +1,18 @@
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 import safemoe_jax.model.attention as attention_module
 from safemoe_jax.config import MeshConfig
 from safemoe_jax.model.attention import (
     Scores,
     attention,
+    by_cudnn,
     choose_kernel,
     frequencies,
     fused_attention,
@@ -165,19 +168,35 @@ def test_splash_attention_and_its_gradient_are_the_references(segmented, mesh, w
     )
 
 
-def test_what_cudnn_is_asked_for_is_the_reference(segmented, monkeypatch):
+@pytest.mark.parametrize(
+    ("mesh", "rows_and_heads"),
+    [(None, (4, 4)), (MeshConfig(data=2, fsdp=1, tensor=2, context=2), (2, 2))],
+)
+def test_what_cudnn_is_asked_for_is_the_reference(segmented, monkeypatch, mesh, rows_and_heads):
     q, k, v, ids, mask = segmented
     asked = jax.nn.dot_product_attention
 
-    def by_xla(*arrays, implementation, **others):
+    def by_xla(q, k, v, implementation, **others):
         assert implementation == "cudnn"
-        return asked(*arrays, implementation="xla", **others)
+        assert q.shape == (rows_and_heads[0], TILE, rows_and_heads[1], 8)  # of one device
+        return asked(q, k, v, implementation="xla", **others)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     form = Scores(0.5, None)
-    found = fused_attention("cudnn", q, k, v, mask, ids, (None,), 0, form)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+        found = jax.jit(
+            lambda *arrays: fused_attention("cudnn", *arrays, jnp.asarray(ids), (None,), 0, form)
+        )(q, k, v, mask)
     expected = attention(q, k, v, mask, None, form)
     np.testing.assert_allclose(found[ids > 0], expected[ids > 0], rtol=0, atol=1e-5)
+
+
+def test_what_cudnn_made_is_known_by_its_name():
+    kept = {
+        name: by_cudnn(getattr(fused_attention_stablehlo, f"_dot_product_attention_{name}"))
+        for name in ("fwd_p", "fwd_p_wrapper", "bwd_p", "bwd_p_wrapper")
+    }
+    assert kept == {"fwd_p": True, "fwd_p_wrapper": True, "bwd_p": False, "bwd_p_wrapper": False}
 
 
 def test_rows_that_are_no_whole_tiles_go_through_the_reference():

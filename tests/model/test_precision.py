@@ -9,7 +9,7 @@ import pytest
 
 from safemoe_jax.model.lora import kept
 from safemoe_jax.model.precision import (
-    _one_token,
+    _by_sums,
     at_least_float32,
     bits,
     contract,
@@ -46,17 +46,17 @@ def test_contract_is_an_einsum_with_its_gradients(float64):
 @pytest.mark.parametrize(
     ("equation", "shape"), [("BTD,OD->BTO", (3, 192)), ("BTD,EDR->BTER", (2, 192, 5))]
 )
-def test_one_token_is_projected_on_a_gpu_as_elsewhere(equation, shape, float64):
+def test_by_sums_is_projected_on_a_gpu_as_elsewhere(equation, shape, float64):
     x = jax.random.normal(jax.random.key(0), (1, 1, 192), jnp.float64)
     y = jax.random.normal(jax.random.key(1), shape, jnp.float64)
     expected = jnp.einsum(equation, x, y)
     np.testing.assert_allclose(project(equation, x, y), expected, rtol=1e-12)
-    np.testing.assert_allclose(_one_token(x, y, shape.index(192)), expected, rtol=1e-12)
+    np.testing.assert_allclose(_by_sums(x, y, shape.index(192)), expected, rtol=1e-12)
     many = jnp.concatenate([x, 2 * x], axis=1)
     np.testing.assert_allclose(project(equation, many, y)[:, :1], expected, rtol=1e-12)
 
 
-def test_one_token_of_16_bits_is_what_it_is_among_others():
+def test_by_sums_of_16_bits_is_what_it_is_among_others():
     x, y, _ = operands(jnp.bfloat16)
     y = y[0].T
     alone = project("BTD,RD->BTR", x[:1, :1], y)
