@@ -105,9 +105,14 @@ send() {
 # Nobody takes these machines away; one that is out of reach for long counts as a failure.
 is_up() { return 0; }
 
+interrupted() {
+  stop_job
+  exit "$EXIT_INTERRUPTED"
+}
+
 run_by_ssh() {
   pack "$STATE/code.tar.gz"
-  on_signal 'stop_job; exit "$EXIT_INTERRUPTED"' INT TERM
+  on_signal interrupted INT TERM
   on_signal 'exit 129' HUP
   new_logs
   while true; do
