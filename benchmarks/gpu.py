@@ -4,15 +4,14 @@
 
 Random weights in bfloat16; seven experts of rank 16 on q, k, v, o; rows of 2,048 tokens. `tiny` is
 a rehearsal of the script on any machine, whose numbers mean nothing. MFU counts what the method
-needs: per token 2 FLOPs for each weight forward and 2 backward (a frozen base has no weight
-gradient), the same for the experts plus their gradient, and the causal half of attention, which
-takes two products forward and four backward.
+needs, as `MultiplyAdds` does: a frozen weight costs a matmul forward and one backward, what is
+trained one more, and of attention the causal half counts.
 """
 
 import argparse
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ours import Training, decode_seconds, drawn, seconds
 
 from safemoe_jax.data.pipeline import empty_tokens
+from safemoe_jax.model.flops import MultiplyAdds
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
@@ -58,22 +58,6 @@ TARGETS = ("q", "k", "v", "o")
 CARDS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
 
 
-def flops_per_token(spec: ModelSpec, mixed: int, *, trained: bool) -> float:
-    """FLOPs that one token of a row costs in a train step.
-
-    Args:
-      spec: the base.
-      mixed: experts that each token passes through.
-      trained: whether the experts get gradients themselves.
-    """
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    layer = spec.embed_dim * (2 * q + 2 * kv + 3 * spec.mlp_dim)
-    lora = mixed * RANK * (2 * (spec.embed_dim + q) + 2 * (spec.embed_dim + kv))
-    attention = 2 * q * LENGTH / 2  # scores and values, half of each row masked
-    frozen = spec.num_layers * layer + spec.vocab_size * spec.embed_dim
-    return 2 * (2 * frozen + spec.num_layers * (3 * attention + (3 if trained else 2) * lora))
-
-
 def ours(name: str) -> None:
     spec = SHAPES[name]
     values = config(
@@ -94,12 +78,15 @@ def ours(name: str) -> None:
     batch["loss_mask_BT"][:, :-1] = 1
     batch["expert_ids_B"] = np.arange(ROWS[name], dtype=np.int32) % EXPERTS
     peak, bandwidth = card()
+    mixture = jax.eval_shape(functools.partial(drawn, model, "experts", "router"))
+    count = MultiplyAdds.of(model, {"params": params, **mixture})
     lines = []
-    for stage, mixed in (("experts", 1), ("router", EXPERTS)):
+    stages: tuple[Literal["experts", "router"], ...] = ("experts", "router")
+    for stage in stages:
         training = Training(model, values, stage, params)
         took = seconds(functools.partial(training.run, batch), STEPS)
         speed = ROWS[name] * LENGTH / took
-        mfu = speed * flops_per_token(spec, mixed, trained=stage == "experts") / peak
+        mfu = count.train_step(stage, ROWS[name], LENGTH) / took / peak
         lines.append((f"{name}, {stage} step", f"{speed:.0f} tokens/s", f"MFU {100 * mfu:.1f} %"))
     variables = {"params": params, **drawn(model, "experts", "router")}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
@@ -162,12 +149,14 @@ def peft(name: str) -> None:
         return tokens.numel() / seconds(work, STEPS)
 
     rows, found = ROWS[name], None
-    while found is None:  # fewer rows where ours do not fit into the memory
+    while found is None:
         try:
             found = speed(rows)
         except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
             optimizer.zero_grad()
-            rows //= 2
+            rows //= 2  # in as many rows as it has memory for
     columns = ("what", "speed", "rows")
     table("PEFT, one LoRA", columns, [(name, f"{found:.0f} tokens/s", str(rows))])
 
