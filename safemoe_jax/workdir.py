@@ -163,11 +163,14 @@ class Workdir:
 
     def _refuse_what_is_no_run(self) -> None:
         """Not every directory with files in it is ours to close to others and to write to."""
-        if not self.root.exists() or (self.root / "config.json").exists():
+        if not self.root.exists():
             return
+        # First what is there, then of what kind it is: another host may begin the run meanwhile.
+        listed = set(self.root.iterdir())
         # Where a run was killed as it began there is the lock, and perhaps half a config.json.
         known = {self.root / "lock", *left_by_kills(self.root)}
-        if others := sorted(path.name for path in set(self.root.iterdir()) - known):
+        others = sorted(path.name for path in listed - known)
+        if others and not (self.root / "config.json").exists():
             raise UserError(
                 f"--workdir {self.root} holds {others[0]!r} and no config.json, so it is no run's; "
                 "give a new or an empty directory"

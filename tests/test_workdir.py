@@ -1,6 +1,7 @@
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,20 @@ def test_a_run_killed_as_it_began_is_taken_up(tmp_path):
     (tmp_path / ".config.json.k1ll3d.new").write_text('{"seed"')
     visit(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock", "run.json"}
+
+
+def test_another_host_may_begin_the_run_meanwhile(tmp_path, monkeypatch):
+    root, listing = tmp_path / "run", Path.iterdir
+
+    def begun_meanwhile(path):
+        if path == root:
+            monkeypatch.undo()
+            visit(root)
+        return listing(path)
+
+    root.mkdir()
+    monkeypatch.setattr(Path, "iterdir", begun_meanwhile)
+    visit(root)
 
 
 def test_one_process_at_a_time(tmp_path):
