@@ -118,6 +118,7 @@ def test_another_host_may_begin_the_run_meanwhile(tmp_path, monkeypatch):
     root.mkdir()
     monkeypatch.setattr(Path, "iterdir", begun_meanwhile)
     visit(root)
+    assert len(json.loads((root / "run.json").read_text())["commands"]) == 2
 
 
 def test_one_process_at_a_time(tmp_path):
