@@ -52,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
-    from safemoe_jax.errors import UserError, refused_by_the_machine
+    from safemoe_jax.errors import UserError, refused_by_the_machine, without_echoes
     from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
     from safemoe_jax.training.observer import Diverged
 
+    sys.unraisablehook = without_echoes
     try:
         if arguments.verb == "plan":
             _plan(arguments, rest)

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 
 _REMEDIES = {
     errno.ENOSPC: "make room there",
@@ -38,6 +39,9 @@ def refused_by_the_machine(error: BaseException | None) -> str | None:
             number, place = error.errno, error.filename
         elif found := _TENSORSTORE.search(str(error)):
             number = int(found[1])
+        elif isinstance(error, RuntimeError):  # as writers in C++ raise it, ArrayRecord's for one
+            said = [number for number in _REMEDIES if os.strerror(number) in str(error)]
+            number = said[0] if said else None
         if number in _REMEDIES:
             where = f" ({place})" if place else ""
             return (
@@ -46,3 +50,13 @@ def refused_by_the_machine(error: BaseException | None) -> str | None:
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def without_echoes(unraisable: "sys.UnraisableHookArgs") -> None:
+    """A `sys.unraisablehook` that prints all but the echoes of a save that failed.
+
+    tensorstore goes on with the pieces of it, and each, when it ends, wants to tell an event loop
+    that Orbax has closed by then: a traceback each, and no fault of its own.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

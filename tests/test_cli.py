@@ -419,5 +419,6 @@ def test_a_bundle_that_is_missing_or_was_changed(mistake, home, tmp_path):
     content[-1] ^= 1
     (bundle / "router.safetensors").write_bytes(content)
     assert line(bundle) == (
-        f"bundle {bundle}: 'router.safetensors' was changed since; make it again"
+        f"{bundle}/router.safetensors was changed since it was written; delete {bundle}, and make "
+        "or copy the bundle again"
     )

@@ -1,8 +1,9 @@
 import errno
+from types import SimpleNamespace
 
 import pytest
 
-from safemoe_jax.errors import refused_by_the_machine
+from safemoe_jax.errors import refused_by_the_machine, without_echoes
 
 
 def test_a_full_disk_is_told_wherever_it_was_noticed():
@@ -16,6 +17,19 @@ def test_a_full_disk_is_told_wherever_it_was_noticed():
         assert refused_by_the_machine(outer) == said
     tensorstore = ValueError("RESOURCE_EXHAUSTED: Failed to write [os_error_code='28']")
     assert refused_by_the_machine(tensorstore) == f"No space left on device{remedy}"
+    array_record = RuntimeError("write() failed: No space left on device; writing /runs/a/rows")
+    assert refused_by_the_machine(array_record) == f"No space left on device{remedy}"
+
+
+def test_what_a_failed_save_leaves_running_is_not_printed(monkeypatch):
+    printed = []
+    monkeypatch.setattr("sys.__unraisablehook__", printed.append)
+    echo, other = (
+        SimpleNamespace(exc_value=RuntimeError(t)) for t in ("Event loop is closed", "x")
+    )
+    without_echoes(echo)
+    without_echoes(other)
+    assert printed == [other]
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); make the {kind.name} again") from error
+        raise UserError(f"{path} is not JSON ({error}); {_again(kind, directory)}") from error
     manifest = manifest if isinstance(manifest, dict) else {}
     if (other := manifest.get("kind", kind.name)) != kind.name:
         raise UserError(
@@ -141,12 +141,16 @@ def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
             f"{kind.name} again or use the version that made it"
         )
     if missing := sorted({*kind.keys, "files", *newest} - set(manifest)):
-        raise UserError(f"{path} lacks {missing[0]!r}; make the {kind.name} again")
+        raise UserError(f"{path} lacks {missing[0]!r}; {_again(kind, directory)}")
     if not isinstance(manifest["files"], dict):
-        raise UserError(f"{path} lists no files; make the {kind.name} again")
+        raise UserError(f"{path} lists no files; {_again(kind, directory)}")
     if newest and manifest_digest(manifest) != manifest["sha256"]:
-        raise UserError(f"{path} was changed since it was written; make the {kind.name} again")
+        raise UserError(f"{path} was changed since it was written; {_again(kind, directory)}")
     return manifest
+
+
+def _again(kind: Kind, directory: Path) -> str:
+    return f"delete {directory}, and make or copy the {kind.name} again"
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -173,7 +177,7 @@ def checked_files(
     present = {entry.name for entry in directory.iterdir()} - {MANIFEST}
     present -= set(kind.free) - set(listed)
     if missing := sorted((set(needed) | set(listed)) - present):
-        raise UserError(f"{kind.name} {directory} lacks {missing[0]!r}; make or copy it again")
+        raise UserError(f"{kind.name} {directory} lacks {missing[0]!r}; {_again(kind, directory)}")
     if unlisted := sorted(present - set(listed)):
         raise UserError(
             f"{kind.name} {directory} holds {unlisted[0]!r}, which its manifest does not list"
@@ -183,10 +187,10 @@ def checked_files(
         # A name that is in `present` is an entry of the directory, so it cannot lead out of it.
         path = directory / name
         if path.is_symlink() or not path.is_file():
-            raise UserError(f"{kind.name} {directory}: {name!r} is not a plain file; make it again")
+            raise UserError(f"{path} is not a plain file; {_again(kind, directory)}")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{kind.name} {directory}: {name!r} was changed since; make it again")
+            raise UserError(f"{path} was changed since it was written; {_again(kind, directory)}")
         if name in needed:
             contents[name] = content
     return _decrypted(directory, kind, manifest, contents)

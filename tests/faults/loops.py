@@ -165,6 +165,7 @@ class LoopTrial:
         try:
             states = self.loops.run(self.root, noted)
         except Exception as error:
+            _end_writers()
             message = explanation(error)
             self.starts.append(message or repr(error))
             if message is None:
@@ -191,6 +192,13 @@ class LoopTrial:
                 raise Broken(f"a message without a remedy that can be followed: {message}")
             shutil.rmtree(paths[-1])
         return "message" if said else "identical"
+
+
+def _end_writers() -> None:
+    """Waits for what a save that was given up has left running, as the end of a process does."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(60)
 
 
 def explanation(error: Exception) -> str | None:
