@@ -31,6 +31,16 @@ VERBS = {
     "export": "write a bundle for PEFT, merged into the base (both ungated), or gated for torch",
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
+# What verbs of an experiment take besides.
+_MORE_USAGE = {
+    "data": " [--show N]",
+    "evaluate": " [--export-for-humans N] [--import-humans FILE]",
+    "report": (
+        " [--full | --no-texts]"
+        "\n       safemoe report --runs DIR [DIR ...] [--out DIR] [--full | --no-texts]"
+        "\n       safemoe report --results report.json [--out DIR]"
+    ),
+}
 # Once interrupted, these have nothing to go on from.
 _KEEP_NOTHING = ("report", "plan", "generate", "chat", "serve", "export", "import")
 
@@ -121,7 +131,10 @@ def _parser() -> argparse.ArgumentParser:
         if verb in own:
             own[verb](sub)
         else:
-            sub.usage = f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
+            sub.usage = (
+                f"safemoe {verb} --config FILE [--config.KEY=VALUE ...] [--workdir DIR]"
+                f"{_MORE_USAGE.get(verb, '')}"
+            )
             needed = verb != "report"
             sub.add_argument("--config", type=Path, required=needed, help="experiment file")
             sub.add_argument(
@@ -130,10 +143,8 @@ def _parser() -> argparse.ArgumentParser:
                 help="default: runs/<name of the config file>; gs://bucket/path needs gcsfs",
             )
         if verb == "data":
-            sub.usage += " [--show N]"
             sub.add_argument("--show", type=int, default=0, metavar="N", help="rows to print")
         if verb == "evaluate":
-            sub.usage += " [--export-for-humans N] [--import-humans FILE]"
             sub.add_argument(
                 "--export-for-humans",
                 type=int,
@@ -148,11 +159,6 @@ def _parser() -> argparse.ArgumentParser:
                 help="read a sheet with labels: people are one more judge",
             )
         if verb == "report":
-            sub.usage += (
-                " [--full | --no-texts]"
-                "\n       safemoe report --runs DIR [DIR ...] [--out DIR] [--full | --no-texts]"
-                "\n       safemoe report --results report.json [--out DIR]"
-            )
             texts = sub.add_mutually_exclusive_group()
             for option, value, about in (
                 ("--full", "whole", "whole texts, unsafe ones too"),
@@ -448,12 +454,12 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     common = {"allow_ungated": arguments.allow_ungated}
     if arguments.format == "merged":
         common |= {"gates": arguments.gates, "prompts": arguments.prompts}
-    export = {
+    exports: dict[str, Callable[..., None]] = {
         "peft": export_peft,
         "merged": export_merged,
         "transformers": export_transformers,
-    }[arguments.format]
-    export(arguments.bundle, arguments.out, **common)
+    }
+    exports[arguments.format](arguments.bundle, arguments.out, **common)
 
 
 def _import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

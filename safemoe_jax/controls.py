@@ -17,6 +17,7 @@ from flax.traverse_util import unflatten_dict
 
 from safemoe_jax.data import benign
 from safemoe_jax.data.corpora import Example
+from safemoe_jax.data.splits import Split
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.evaluate import System
 from safemoe_jax.evaluation.systems import (
@@ -283,9 +284,10 @@ def expert_text(experiment: Experiment, data: ExpertData) -> tuple[list[Example]
             for part in unsafe
         )
         return learnt, held_out
+    splits: tuple[Split, Split] = ("train", "validation")
     learnt, held_out = (
         benign.benign_examples(split, _counts(part, experiment.config.data.domains))
-        for split, part in zip(("train", "validation"), unsafe, strict=True)
+        for split, part in zip(splits, unsafe, strict=True)
     )
     return learnt, held_out
 

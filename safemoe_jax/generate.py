@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +17,7 @@ from safemoe_jax.config import MeshConfig
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import boxed_shapes
-from safemoe_jax.inference.sampler import Generation, Sampler
+from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Gates, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
@@ -90,7 +91,8 @@ def answer(
         text = chat.text(generation.tokens)
         print(printable(text) if console.is_terminal else text)  # in a file as it is
         if show_gates and generation.gates_TLE is not None:
-            console.print(_gates_table(generation, chat.tokenizer, domains))
+            gates_TE = generation.gates_TLE.mean(axis=1)
+            console.print(_gates_table(generation.tokens, gates_TE, chat.tokenizer, domains))
 
 
 def check_unicode(text: str, what: str) -> None:
@@ -172,8 +174,10 @@ def _routing(name: str, domains: Sequence[str], allow_ungated: bool) -> Routing:
     return Gates(jax.nn.one_hot(domains.index(name), len(domains)))
 
 
-def _gates_table(generation: Generation, tokenizer, domains: Sequence[str]) -> Table:
+def _gates_table(
+    tokens: Sequence[int], gates_TE: np.ndarray, tokenizer, domains: Sequence[str]
+) -> Table:
     table = Table("token", *domains, title="gates, mean over layers")
-    for token, gates_E in zip(generation.tokens, generation.gates_TLE.mean(axis=1), strict=True):
+    for token, gates_E in zip(tokens, gates_TE, strict=True):
         table.add_row(Text(repr(tokenizer.decode([token]))), *(f"{gate:+.3f}" for gate in gates_E))
     return table

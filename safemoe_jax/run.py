@@ -28,6 +28,7 @@ from safemoe_jax.evaluation.endpoint import EndpointJudge
 from safemoe_jax.evaluation.evaluate import (
     Asking,
     Entry,
+    PairScorer,
     System,
     alone,
     expert_rows,
@@ -54,7 +55,6 @@ from safemoe_jax.evaluation.terminal import terminal_table
 from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.fetch import cache_dir
-from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.hosts import is_first
 from safemoe_jax.private_files import read_json_lines
@@ -99,7 +99,7 @@ def data(experiment: Experiment, show: int = 0) -> None:
             )
             if split == "train":
                 for index in range(min(show, packed.num_rows)):
-                    console.print(colored(packed.row(index), experiment.base.tokenizer.decode))
+                    console.print(colored(packed.row(index), experiment.chat.tokenizer.decode))
 
 
 def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
@@ -398,7 +398,7 @@ def run(experiment: Experiment, keep_experts: bool = False) -> None:
     report(experiment)
 
 
-def _cached(scorer: Scorer, experiment: Experiment) -> CachedScorer:
+def _cached(scorer: PairScorer, experiment: Experiment) -> CachedScorer:
     """The base's likelihoods, remembered: hashes and numbers only, so other workdirs use them.
 
     Each way of resting and computing has its own. Several processes score all: they must compute

@@ -244,9 +244,7 @@ def jitted_step(step, model: Transformer, tx, accumulation: int, state: TrainSta
     """
     step = functools.partial(step, model=model, tx=tx, accumulation=accumulation)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(placed, replicated(state.step.sharding.mesh))
-    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(placed.step.mesh)))
 
 
 def _train(

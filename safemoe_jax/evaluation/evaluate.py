@@ -313,6 +313,7 @@ def _answers(
         if prompt.solution is not None:
             row["solution"] = prompt.solution
         if system.routed:
+            assert generation.gates_TLE is not None  # the router's
             row |= gate_statistics(generation.gates_TLE, system.has_null)
             if entry.shows_gates:
                 row["tokens"] = [chat.tokenizer.decode([token]) for token in generation.tokens]

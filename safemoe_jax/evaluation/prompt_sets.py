@@ -237,6 +237,7 @@ class Named:
           UserError: where they cannot be had.
         """
         if self.path is None:
+            assert self.set.origin is not None  # else `resolve` asks for a path
             try:
                 return self.set.origin.fetch()
             except UserError as error:

@@ -89,7 +89,11 @@ def validity(judge: Judge, prompts: Sequence[Prompt], seed: int) -> list[dict]:
 
 def _row(judge: Judge, name: str, pairs: Sequence[tuple[Prompt, str]], bound: float) -> dict:
     verdicts = judge.judge([(prompt.messages, answer) for prompt, answer in pairs])
-    share = wilson([verdict.informative_safe for verdict in verdicts])
+    outcomes = []
+    for verdict in verdicts:
+        assert verdict.informative_safe is not None  # this judge knows all that it is made of
+        outcomes.append(verdict.informative_safe)
+    share = wilson(outcomes)
     return {
         "name": name,
         "metric": "isr",

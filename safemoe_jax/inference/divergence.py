@@ -15,7 +15,7 @@ from safemoe_jax.inference.engine import bucket
 from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.precision import at_least_float32
-from safemoe_jax.model.transformer import Transformer, logits
+from safemoe_jax.model.transformer import Transformer, forward, logits
 from safemoe_jax.parallel.hosts import to_host
 from safemoe_jax.parallel.sharding import whole_rows
 from safemoe_jax.progress import track
@@ -94,7 +94,8 @@ def _row(answer: Answer, width: int):
 def _predictions(model, variables, routing, tokens_BT, length, prompt_length, places_M):
     """Log-probabilities [M, V] and gates [L, M, E] (or None) at the places that predict."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-    out = model.apply(
+    out = forward(
+        model,
         variables,
         tokens_BT,
         positions_BT,

@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safemoe_jax.model.cache import CACHE_AXES, Cache, extend
 from safemoe_jax.model.lora import Routing
-from safemoe_jax.model.transformer import CACHE_AXES, Cache, Transformer, extend, logits
+from safemoe_jax.model.precision import AnyArray
+from safemoe_jax.model.transformer import Transformer, forward, logits
 from safemoe_jax.parallel.hosts import to_host
 from safemoe_jax.parallel.sharding import constrain, whole_rows
 
@@ -82,11 +84,11 @@ class Event(NamedTuple):
 class _Row(flax.struct.PyTreeNode):
     """What sampling needs to know of each slot."""
 
-    seed_B: jax.Array
-    index_B: jax.Array
-    step_B: jax.Array
-    temperature_B: jax.Array
-    top_p_B: jax.Array
+    seed_B: AnyArray
+    index_B: AnyArray
+    step_B: AnyArray
+    temperature_B: AnyArray
+    top_p_B: AnyArray
 
 
 class _State(flax.struct.PyTreeNode):
@@ -295,8 +297,8 @@ def prefill(
     """Reads right-padded prompts into an empty cache -> the cache, next-token logits [B, V]."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     held_BT = positions_BT < length_B[:, None]
-    out = model.apply(
-        variables, tokens_BT, positions_BT, held_BT.astype(jnp.int32), held_BT, routing
+    out = forward(
+        model, variables, tokens_BT, positions_BT, held_BT.astype(jnp.int32), held_BT, routing
     )
     last_B1D = jnp.take_along_axis(out.hidden_BTD, length_B[:, None, None] - 1, axis=1)
     return extend(cache, out.cache), logits(last_B1D[:, 0], out.head)
@@ -306,7 +308,8 @@ def decode_step(
     model: Transformer, variables: Any, routing: Routing, token_B: jax.Array, cache: Cache
 ) -> tuple[Cache, jax.Array, jax.Array | None]:
     """Processes one more token per row -> the cache, logits [B, V], gates [L, B, E] or None."""
-    out = model.apply(
+    out = forward(
+        model,
         variables,
         token_B[:, None],
         cache.length_B[:, None],
@@ -419,7 +422,7 @@ def _choose(logits_BV: jax.Array, rows: _Row, live_B: jax.Array) -> jax.Array:
     return jax.lax.cond((live_B & drawn_B).any(), draw, lambda: likeliest_B)
 
 
-def _nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
+def _nucleus(logits_BV: jax.Array, top_p_B: AnyArray) -> jax.Array:
     """-inf outside the smallest set of tokens whose probability reaches top_p; all of them at 1."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)

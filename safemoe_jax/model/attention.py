@@ -202,12 +202,24 @@ def splash_attention(
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         _, length, heads, _ = q_BTNH.shape
         block = splash_block(length)
-        mask = splash.CausalMask((length, length))
-        if window is not None:
-            mask = splash.LocalMask((length, length), (window - 1, 0), offset=0)
+        square = (length, length)
+        mask = (
+            splash.CausalMask(square)
+            if window is None
+            else splash.LocalMask(square, (window - 1, 0), offset=0)
+        )
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * heads),
-            block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCKS, block)),
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_kv_compute=block,
+                block_q_dkv=block,
+                block_kv_dkv=block,
+                block_kv_dkv_compute=block,
+                block_q_dq=block,
+                block_kv_dq=block,
+            ),
             attn_logits_soft_cap=form.softcap,
             interpret=interpret,
         )
@@ -227,23 +239,11 @@ def _on_own_heads(local: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Ar
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arrays)
     heads = ("heads", "kv_heads", "kv_heads")
-    names = [("batch", None, name, None) for name in heads]
+    names: list[tuple[str | None, ...]] = [("batch", None, name, None) for name in heads]
     names += [("batch", *[None] * (x.ndim - 1)) for x in arrays[len(heads) :]]
     specs = tuple(layout(x.shape, axes) for x, axes in zip(arrays, names, strict=True))
     mapped = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(*arrays)
-
-
-_BLOCKS = (
-    "block_q",
-    "block_kv",
-    "block_kv_compute",
-    "block_q_dkv",
-    "block_kv_dkv",
-    "block_kv_dkv_compute",
-    "block_q_dq",
-    "block_kv_dq",
-)
 
 
 def attention(
@@ -278,7 +278,6 @@ def attention(
     # Heads first: so the products are plain matmuls of every head, for which XLA is fast on CPUs.
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    past_k_BKCH, past_v_BKCH, seen_BTC = cached or (None, None, None)
 
     def scores(q_BKGTH, k_BKSH, mask_BTS):
         found = capped(contract("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), form.softcap)
@@ -290,6 +289,7 @@ def attention(
         if cached is None:
             weights = jax.nn.softmax(scores(*new), axis=-1).astype(v_BKTH.dtype)
             return contract("BKGTS,BKSH->BKGTH", weights, v_BKTH[:, :, :end])
+        past_k_BKCH, past_v_BKCH, seen_BTC = cached
         seen = seen_BTC if seen_BTC.shape[1] == 1 else seen_BTC[:, start:end]
         past = (new[0], past_k_BKCH, seen)
         # One softmax over both, which are not copied next to one another for it.

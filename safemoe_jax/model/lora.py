@@ -29,29 +29,26 @@ from safemoe_jax.model.quantization import (
     frozen_matrix,
     of_vectors,
 )
-from safemoe_jax.parallel.sharding import constrain
+from safemoe_jax.parallel.sharding import constrain, named_init
 
 # The name by which a remat policy finds what `kept` was called with. A policy that looks for
 # matmuls does not see those inside `frozen_dot` and `contract`.
 PROJECTED = "projected"
 
 
-@flax.struct.dataclass
-class OwnExpert:
+class OwnExpert(flax.struct.PyTreeNode):
     """Stage one: row b passes through expert `ids_B[b]` alone, with gate 1."""
 
     ids_B: jax.Array
 
 
-@flax.struct.dataclass
-class Gates:
+class Gates(flax.struct.PyTreeNode):
     """A given mixture: `gates_BTE` for each token, or `gates_E` for all of them."""
 
     gates: jax.Array
 
 
-@flax.struct.dataclass
-class Routed:
+class Routed(flax.struct.PyTreeNode):
     """The router decides, layer by layer and token by token."""
 
 
@@ -106,8 +103,8 @@ def frozen_dot(x_BTD: jax.Array, kernel_OD: Matrix, axes: tuple[str, str]) -> ja
       kernel_OD: W.
       axes: logical names of O and D.
     """
-    kernel_OD = dequantized(_gathered(kernel_OD, axes), x_BTD.dtype)
-    return project("BTD,OD->BTO", x_BTD, kernel_OD).astype(x_BTD.dtype)
+    floats_OD = dequantized(_gathered(kernel_OD, axes), x_BTD.dtype)
+    return project("BTD,OD->BTO", x_BTD, floats_OD).astype(x_BTD.dtype)
 
 
 def _frozen_dot_forward(x_BTD, kernel_OD, axes):
@@ -116,16 +113,16 @@ def _frozen_dot_forward(x_BTD, kernel_OD, axes):
 
 def _frozen_dot_backward(axes, kernel_OD, grad_BTO):
     dtype = grad_BTO.dtype
-    kernel_OD = dequantized(_gathered(kernel_OD, axes), dtype)
-    return contract("BTO,OD->BTD", grad_BTO, kernel_OD).astype(dtype), None
+    floats_OD = dequantized(_gathered(kernel_OD, axes), dtype)
+    return contract("BTO,OD->BTD", grad_BTO, floats_OD).astype(dtype), None
 
 
 frozen_dot.defvjp(_frozen_dot_forward, _frozen_dot_backward)
 
 
 def _gathered(kernel_OD: Matrix, axes: tuple[str, str]) -> Matrix:
-    axes = ["activation" if axis == "embed" else axis for axis in axes]
-    return jax.tree.map(lambda part: constrain(part, *axes), kernel_OD)
+    whole = ["activation" if axis == "embed" else axis for axis in axes]
+    return jax.tree.map(lambda part: constrain(part, *whole), kernel_OD)
 
 
 def kept(x: jax.Array) -> jax.Array:
@@ -171,7 +168,7 @@ class Projection(nn.Module):
         kernel_OD = frozen_matrix(self, "kernel", init, shape, axes, self.param_dtype)
         y_BTO = frozen_dot(x_BTD, kernel_OD, axes)
         if self.bias:
-            start = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
+            start = named_init(nn.initializers.zeros, (out_axis,))
             bias_O = self.param("bias", start, (self.features,), of_vectors(self.param_dtype))
             y_BTO += bias_O.astype(y_BTO.dtype)[None, None]
         if routing is None or self.name not in self.experts.targets:
@@ -201,7 +198,7 @@ class Projection(nn.Module):
 
 def expert_leaf(module: nn.Module, name: str, init, shape, axes) -> jax.Array:
     """A float32 leaf of collection `experts`, with logical axis names."""
-    init = nn.with_logical_partitioning(init, axes)
+    init = named_init(init, axes)
     return module.variable(
         "experts", name, lambda: init(module.make_rng("experts"), shape, jnp.float32)
     ).value

@@ -6,6 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# On devices, or on the host on its way to them.
+AnyArray = jax.Array | np.ndarray
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

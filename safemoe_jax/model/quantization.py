@@ -21,6 +21,8 @@ import numpy as np
 from flax.core import FrozenDict
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.model.precision import AnyArray
+from safemoe_jax.parallel.sharding import named_init
 
 Format = Literal["int8", "nf4"]
 
@@ -81,8 +83,7 @@ NF4 = np.array(
 )
 
 
-@flax.struct.dataclass
-class Quantized:
+class Quantized(flax.struct.PyTreeNode):
     """A matrix [..., O, D], quantized. Its format shows in the type of its codes.
 
     Attributes:
@@ -93,9 +94,9 @@ class Quantized:
       offset: what is added then, like scale; None for int8 and nf4.
     """
 
-    codes: jax.Array
-    scale: jax.Array
-    offset: jax.Array | None = None
+    codes: AnyArray
+    scale: AnyArray
+    offset: AnyArray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +110,7 @@ class Quantized:
 
 
 # A frozen matrix as it rests: quantized, or an array of floats.
-Matrix = jax.Array | Quantized
+Matrix = AnyArray | Quantized
 
 
 def of_matrix(leaf: str, param_dtype: ParamDtype) -> LeafDtype:
@@ -239,7 +240,7 @@ def frozen_matrix(
     """A parameter [O, D] of the base, with the logical names of O and D."""
     rests = of_matrix("/".join((*module.path, name)), param_dtype)
     if not isinstance(rests, str | Blocks):
-        return module.param(name, nn.with_logical_partitioning(init, axes), shape, rests)
+        return module.param(name, named_init(init, axes), shape, rests)
 
     def quantized(key: jax.Array) -> Quantized:
         if isinstance(rests, Blocks):  # they are read, never drawn
@@ -247,12 +248,9 @@ def frozen_matrix(
         else:
             made = quantize(init(key, shape, jnp.float32), rests)
         of_blocks = (axes[0], None) if rests == "int8" else axes
-        return Quantized(
-            nn.LogicallyPartitioned(made.codes, axes),
-            *(
-                part if part is None else nn.LogicallyPartitioned(part, of_blocks)
-                for part in (made.scale, made.offset)
-            ),
+        return jax.tree.map(
+            lambda part: nn.LogicallyPartitioned(part, axes if part is made.codes else of_blocks),
+            made,
         )
 
     return module.param(name, quantized)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from safemoe_jax.config import RouterConfig
 from safemoe_jax.model.precision import at_least_float32
+from safemoe_jax.parallel.sharding import named_init
 
 # Logits of about a hundredth of h's scale: enough to choose by, and still next to no mixture.
 _off_zero = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
@@ -116,7 +117,7 @@ class Router(nn.Module):
         shape: tuple[int, ...],
         axes: tuple[str, ...],
     ) -> jax.Array:
-        init = nn.with_logical_partitioning(start, axes)
+        init = named_init(start, axes)
         return self.variable(
             "router", name, lambda: init(self.make_rng("router"), shape, jnp.float32)
         ).value

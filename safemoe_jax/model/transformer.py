@@ -1,6 +1,6 @@
 """The base transformer with LoRA experts and a router, in three variable collections.
 
-    model.apply({"params": base, "experts": experts, "router": router}, ...)
+    forward(model, {"params": base, "experts": experts, "router": router}, ...)
 
 `params` is the frozen base, `experts` the stacked LoRA experts, `router` the router. A base alone
 needs only the first. One causal pass computes everything, so a KV cache stays valid with the router
@@ -11,6 +11,7 @@ dim, F mlp, V vocabulary, E experts, S router slots, L layers.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from safemoe_jax.config import Config, ExpertsConfig, RouterConfig
 from safemoe_jax.errors import UserError
@@ -33,6 +33,7 @@ from safemoe_jax.model.attention import (
     rotary,
     rotation,
 )
+from safemoe_jax.model.cache import CACHE_AXES, Cache
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing, kept
 from safemoe_jax.model.precision import at_least_float32, bits, floats, project
 from safemoe_jax.model.quantization import (
@@ -45,9 +46,12 @@ from safemoe_jax.model.quantization import (
 )
 from safemoe_jax.model.router import Router, num_slots
 from safemoe_jax.model.spec import ModelSpec
-from safemoe_jax.parallel.sharding import constrain
+from safemoe_jax.parallel.sharding import constrain, named_init
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+}
 _NO_WINDOW = np.iinfo(np.int32).max
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -57,27 +61,7 @@ REMAT_POLICIES = {
 }
 
 
-@flax.struct.dataclass
-class Cache:
-    """What earlier tokens left behind; slot c of a row holds the token at position c.
-
-    Attributes:
-      k_LBKCH: keys, rotated.
-      v_LBKCH: values.
-      router_sum_LBS: router logits summed over prompt tokens ("sequence" granularity reads it).
-      prompt_B: prompt tokens so far.
-      length_B: tokens so far.
-    """
-
-    k_LBKCH: jax.Array
-    v_LBKCH: jax.Array
-    router_sum_LBS: jax.Array
-    prompt_B: jax.Array
-    length_B: jax.Array
-
-
-@flax.struct.dataclass
-class Head:
+class Head(flax.struct.PyTreeNode):
     """What makes logits of hidden states; frozen.
 
     Attributes:
@@ -89,31 +73,20 @@ class Head:
     softcap: float | None = flax.struct.field(pytree_node=False)
 
 
-@flax.struct.dataclass
-class Output:
+class Output(flax.struct.PyTreeNode):
     """What a forward pass returns.
 
     Attributes:
       hidden_BTD: after the last norm; `logits` of it are formed only where they are needed.
       head: the output head.
       gates_LBTE: the gates in use, or None for the base alone and for stage one.
-      cache: `new` keys, values and sums of this pass, T slots long; see `extend`.
+      cache: `new` keys, values and sums of this pass, T slots long; see `cache.extend`.
     """
 
     hidden_BTD: jax.Array
     head: Head
     gates_LBTE: jax.Array | None
     cache: Cache
-
-
-# Logical names of its leaves' axes.
-CACHE_AXES = Cache(
-    k_LBKCH=PartitionSpec("layers", "batch", "kv_heads", "cache", "head_dim"),
-    v_LBKCH=PartitionSpec("layers", "batch", "kv_heads", "cache", "head_dim"),
-    router_sum_LBS=PartitionSpec("layers", "batch", "slot"),
-    prompt_B=PartitionSpec("batch"),
-    length_B=PartitionSpec("batch"),
-)
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
@@ -135,7 +108,7 @@ class RMSNorm(nn.Module):
         start = (
             nn.initializers.zeros if self.spec.traits.zero_centered_norms else nn.initializers.ones
         )
-        init = nn.with_logical_partitioning(start, ("norm",))
+        init = named_init(start, ("norm",))
         scale_D = self.param("scale", init, (x.shape[-1],), of_vectors(self.param_dtype))
         x32 = at_least_float32(x)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_eps)
@@ -143,8 +116,7 @@ class RMSNorm(nn.Module):
         return (x32 * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-@flax.struct.dataclass
-class Context:
+class Context(flax.struct.PyTreeNode):
     """What all layers share in one pass: positions and masks.
 
     Attributes:
@@ -225,6 +197,7 @@ class Attention(nn.Module):
                 self.kernel, *new, context.segment_ids_BT, windows, kind, form
             )
         else:
+            assert seen_BTC is not None  # of the cache that the past lies in
             past_k_BKCH, past_v_BKCH = map(floats, past)
             mixed_BTNH = attention(*new, (past_k_BKCH, past_v_BKCH, seen_BTC), form)
         mixed_BTO = mixed_BTNH.reshape(*mixed_BTNH.shape[:-2], -1)
@@ -407,7 +380,7 @@ class Transformer(nn.Module):
         per_layer = self.router.scope == "layer"
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "experts": 0} | ({"router": 0} if per_layer else {}),
+            variable_axes={"params": 0, "experts": 0, **({"router": 0} if per_layer else {})},
             variable_broadcast=False if per_layer else "router",
             split_rngs={"params": True, "experts": True, "router": per_layer},
             in_axes=(0, nn.broadcast, nn.broadcast),
@@ -452,13 +425,13 @@ class Transformer(nn.Module):
         if cache is None:
             slots = num_slots(self.router, self.num_experts)
             sums = jnp.zeros((self.spec.num_layers, batch, slots), jnp.float32)
-            of_layer, filled_BC = (kind_L, None, sums), None
+            past, filled_BC = None, None
         else:
-            of_layer = (kind_L, (cache.k_LBKCH, cache.v_LBKCH), cache.router_sum_LBS)
+            past, sums = (cache.k_LBKCH, cache.v_LBKCH), cache.router_sum_LBS
             slot_C = jnp.arange(cache.k_LBKCH.shape[3])
             filled_BC = slot_C[None, :] < cache.length_B[:, None]
             count_BT += cache.prompt_B[:, None]
-        return of_layer, Context(
+        return (kind_L, past, sums), Context(
             turns=rotation(positions_BT, self.spec.head_dim, kinds),
             window_K=jnp.array([window or _NO_WINDOW for window in windows])
             if any(windows)
@@ -473,26 +446,8 @@ class Transformer(nn.Module):
         )
 
 
-def extend(cache: Cache, new: Cache) -> Cache:
-    """Writes the tokens of one pass behind those in the cache, in place where it is donated.
-
-    Row b's new tokens go to slots length_B[b] and on. Padding of the new tokens, at their right
-    end, lands in slots that the next write overwrites, or past the end, where it is dropped.
-    """
-    _, batch, heads, length, _ = new.k_LBKCH.shape
-    row_B11 = jnp.arange(batch)[:, None, None]
-    head_1K1 = jnp.arange(heads)[None, :, None]
-    slot_B1T = (cache.length_B[:, None] + jnp.arange(length)[None])[:, None]
-
-    # One scatter. A dynamic_update_slice mapped over rows is as short, and copies the whole cache
-    # to bring the rows to the front: 100 ms a token against 0.2 on a CPU, B = 32, C = 192.
-    def append(old_LBKCH, new_LBKTH):
-        return old_LBKCH.at[:, row_B11, head_1K1, slot_B1T].set(new_LBKTH)
-
-    return Cache(
-        k_LBKCH=append(cache.k_LBKCH, new.k_LBKCH),
-        v_LBKCH=append(cache.v_LBKCH, new.v_LBKCH),
-        router_sum_LBS=new.router_sum_LBS,
-        prompt_B=cache.prompt_B + new.prompt_B,
-        length_B=cache.length_B + new.length_B,
-    )
+def forward(model: Transformer, variables: Mapping[str, Any], *inputs: Any) -> Output:
+    """One pass of the model over inputs, those of its `__call__`, with these collections."""
+    out = model.apply(variables, *inputs)
+    assert isinstance(out, Output)  # and not a pair: no collection is mutable
+    return out

@@ -34,7 +34,7 @@ def set_up_jax() -> None:
     if not has_tpu():
         use_compiler_alone()  # where libtpu is installed for `plan`
     connect()
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

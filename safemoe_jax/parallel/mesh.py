@@ -5,12 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from safemoe_jax.config import MeshConfig
 from safemoe_jax.errors import UserError
-from safemoe_jax.parallel.sharding import RULES
+from safemoe_jax.parallel.sharding import RULES, as_tuple
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -55,7 +54,7 @@ def check_divides(config: MeshConfig, sizes: Iterable[tuple[str, str, int]]) -> 
     """
     table = dict(RULES)
     for what, logical, size in sizes:
-        axes = np.atleast_1d(table[logical])
+        axes = as_tuple(table[logical])
         parts = math.prod(getattr(config, axis) for axis in axes)
         if size % parts:
             divisors = [str(n) for n in range(1, size + 1) if size % n == 0]

@@ -5,7 +5,7 @@ another table, never another model. Nothing here needs an array: shapes do, on a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-RULES = (
+# Mesh axes that cut an axis of an array, together; None leaves it whole.
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("batch", ("data", "fsdp")),
     ("gathered_batch", "data"),
     ("parts", ("data", "fsdp", "context")),
@@ -34,12 +37,30 @@ RULES = (
 )
 
 
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes one by one."""
+    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+
+
+def named_axes(*axes: str) -> Any:
+    """The logical names of an array's axes, to stand in a tree where the array would."""
+    return PartitionSpec(*axes)
+
+
+def named_init(init: nn.initializers.Initializer, axes: Sequence[str]) -> Callable[..., Any]:
+    """An initializer whose array comes in a box with the logical names of its axes.
+
+    A module's `param` and `variable` give the array without its box.
+    """
+    return nn.with_logical_partitioning(init, tuple(axes))
+
+
 def shardings(mesh: Mesh, named: Any) -> Any:
     """The shardings of a tree whose leaves carry logical axis names.
 
     Args:
       mesh: the mesh.
-      named: leaves boxed with names, as `model.init` makes them, or `PartitionSpec`s of names.
+      named: leaves boxed with names, as `model.init` makes them, or `named_axes`.
     """
     specs = jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, PartitionSpec) else leaf.get_partition_spec(),
@@ -76,7 +97,7 @@ def layout(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
     row of an initialisation.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    named = zip(shape, nn.logical_to_mesh_axes(axes, RULES), strict=True)
+    named = zip(shape, _mesh_axes(axes), strict=True)
     return PartitionSpec(
         *(names if size % _extent(mesh.shape, names) == 0 else None for size, names in named)
     )
@@ -85,7 +106,7 @@ def layout(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
 def extent(*axes: str) -> int:
     """Into how many parts the mesh that is set cuts arrays along logical axes, together."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = (_extent(mesh.shape, names) for names in nn.logical_to_mesh_axes(axes, RULES))
+    parts = (_extent(mesh.shape, names) for names in _mesh_axes(axes))
     return 1 if mesh.empty else math.prod(parts)
 
 
@@ -101,15 +122,15 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedShar
       mesh: the mesh.
       batch: arrays or shapes [B] and [B, T], by name.
     """
-    names = {1: PartitionSpec("batch"), 2: PartitionSpec("batch", "length")}
+    names = {1: named_axes("batch"), 2: named_axes("batch", "length")}
     return shardings(mesh, {key: names[len(value.shape)] for key, value in batch.items()})
 
 
-def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+def local_rows(mesh: Mesh, num_rows: int) -> list[int]:
     """Which rows of a batch of `num_rows` the devices of this process hold, in order."""
     (sharding,) = batch_shardings(mesh, {"": np.empty(num_rows)}).values()
     held = sharding.addressable_devices_indices_map((num_rows,)).values()
-    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in held]))
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in held])).tolist()
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
@@ -118,7 +139,7 @@ def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     Example ids stay behind; no step reads them.
     """
     read = {key: value for key, value in batch.items() if key != "example_ids_BS"}
-    parts = math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
+    parts = _extent(mesh.shape, dict(RULES)["batch"])
     share = parts // len(local_rows(mesh, parts))  # the batch is this many times what is here
     return {
         key: jax.make_array_from_process_local_data(
@@ -128,5 +149,11 @@ def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     }
 
 
-def _extent(shape: Mapping[str, int], names: str | tuple[str, ...] | None) -> int:
-    return math.prod(shape[name] for name in np.atleast_1d(names or ()))
+def _mesh_axes(axes: Sequence[str | None]) -> PartitionSpec:
+    found = nn.logical_to_mesh_axes(axes, RULES)
+    assert found is not None  # as `axes` is not
+    return found
+
+
+def _extent(shape: Mapping[str, int], axes: MeshAxes) -> int:
+    return math.prod(shape[axis] for axis in as_tuple(axes))

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,11 +26,12 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import check_layout, collection_shapes, state_shapes
 from safemoe_jax.inference.engine import bucket, decode_step, prefill, rows_together
 from safemoe_jax.model.attention import splash_block
+from safemoe_jax.model.cache import CACHE_AXES
 from safemoe_jax.model.flops import MultiplyAdds, num_params
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.quantization import PARAM_DTYPES
 from safemoe_jax.model.spec import ModelSpec
-from safemoe_jax.model.transformer import CACHE_AXES, Transformer
+from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import batch_shardings, shardings, whole_rows, with_shardings
 from safemoe_jax.planning.collectives import collectives
@@ -268,24 +269,25 @@ def _answer_job(
     cache = with_shardings(cache, shardings(mesh, CACHE_AXES))
     count = MultiplyAdds.of(model, shapes)
 
+    arguments: tuple[Any, ...]
     if name == "prefill":
         rows = together
 
-        def function(variables, tokens_BT, length_B, cache):
+        def read(variables, tokens_BT, length_B, cache):
             own = model.empty_cache(rows, length)
             return prefill(model, variables, Routed(), tokens_BT, length_B, own)
 
-        jitted = jax.jit(function, keep_unused=True)  # the slots' cache is there all the while
+        jitted = jax.jit(read, keep_unused=True)  # the slots' cache is there all the while
         arguments = (shapes, tokens["tokens_BT"], tokens["length_B"], cache)
         per_token = count.layers + count.experts + count.router + count.attention(length)
         used = rows * (length * per_token + count.head)
     else:
         rows = slots
 
-        def function(variables, token_B, cache):
+        def decode(variables, token_B, cache):
             return decode_step(model, variables, Routed(), token_B, cache)
 
-        jitted = jax.jit(function, donate_argnums=2)
+        jitted = jax.jit(decode, donate_argnums=2)
         arguments = (shapes, tokens["token_B"], cache)
         attention = 2 * room * spec.num_heads * spec.head_dim * spec.num_layers
         used = rows * (count.matmuls + count.experts + count.router + attention)
@@ -326,12 +328,14 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
         if not (asked := _asked(str(error), needed)):
             raise
         return Figures(job.name, job.rows, job.tokens, False, held, asked, **share)
-    program = Program.parse(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None  # as every program that XLA compiled
+    program = Program.parse(text)
     runs = program.runs(unknown_trips=job.loss_chunks)
     work = flops(program, runs)
     work += sum(one.runs * attention_flops(one) for one in kernels(program, runs))
     traffic = hbm_bytes(program, runs)
-    sent: Counter[str] = Counter()
+    sent: defaultdict[str, float] = defaultdict(int)
     ici = 0.0
     for one in collectives(program, runs, mesh.size):
         sent[one.kind] += one.runs * one.bytes
@@ -380,7 +384,7 @@ def _part(job: Job, path: str) -> str:
 
 def _hbm(job: Job, program: Program, memory: Any) -> dict[str, float]:
     """Bytes on a device by part, with the layouts' padding; they sum to what the compiler says."""
-    parts: Counter[str] = Counter()
+    parts: defaultdict[str, float] = defaultdict(int)
     for path, array in program.parameters().items():
         parts[_part(job, path)] += array.padded_bytes
     parts[job.results] += memory.output_size_in_bytes - memory.alias_size_in_bytes

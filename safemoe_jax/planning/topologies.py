@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Topology:
         """Bytes of memory that a device has."""
         return self.chip.hbm_bytes * self.share
 
-    def bandwidth(self, group: Sequence[Any]) -> float:
+    def bandwidth(self, group: Iterable[Any]) -> float:
         """Bytes/s that a device can send to a group of devices, over all links that lead there.
 
         Along each axis on which the group's chips differ there are two links, which the devices of

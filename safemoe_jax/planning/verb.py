@@ -40,6 +40,7 @@ def search(config: Config, topology: str, json: Path | None, picture: Path | Non
     if json:
         write_json(json, [report.candidate_as_json(one) for one in tried])
     if picture:
+        assert tried[0].plan  # what fits has one, and the best fits
         report.write_picture(tried[0].plan, picture)
 
 

@@ -33,7 +33,7 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.generate import on_devices
 from safemoe_jax.inference.engine import Engine, Request, bucket, tokens_at_once
 from safemoe_jax.model.lora import Routed
-from safemoe_jax.model.transformer import logits
+from safemoe_jax.model.transformer import forward, logits
 from safemoe_jax.parallel.hosts import set_up_jax, to_host
 from safemoe_jax.parallel.sharding import whole_rows
 from safemoe_jax.progress import track
@@ -86,7 +86,8 @@ class SafeMoELM(TemplateLM):
         self.max_length = longest if max_length is None else max_length
         if not 1 < self.max_length <= longest:
             raise UserError(f"max_length is {max_length}; this base reads 2 to {longest} tokens")
-        self.tokenizer = self._loaded.base.tokenizer
+        # Any, as to `ChatFormat`: what its methods return depends on their arguments.
+        self.tokenizer: Any = self._loaded.base.tokenizer
         self._end_of_turn = ChatFormat(self.tokenizer).end_of_turn
         self._routing = _ROUTINGS[routing]
         self._slots = _SLOTS if str(batch_size).startswith("auto") else int(batch_size)
@@ -277,7 +278,8 @@ def _scores(model, most: int, variables, routing, tokens_BT, length_B, own_B):
     targets_BT, tokens_BT = tokens_BT[:, 1:], tokens_BT[:, :-1]
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     start_B1 = (length_B - own_B)[:, None]
-    out = model.apply(
+    out = forward(
+        model,
         variables,
         tokens_BT,
         positions_BT,

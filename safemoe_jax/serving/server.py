@@ -232,7 +232,8 @@ async def _gone(http: HttpRequest) -> None:
 
 
 async def _collect(call: Call, answers: Answers) -> dict[str, Any]:
-    texts, finishes = [""] * call.count, [""] * call.count
+    texts = [""] * call.count
+    finishes: list[str | None] = [""] * call.count
     gates: list[dict[str, Any] | None] = [None] * call.count
     async for piece in call.pieces():
         texts[piece.choice] += piece.text

@@ -201,6 +201,7 @@ class Call:
             self._tokens += 1
             said = text.add(event.token)
             if self._gates:
+                assert event.gates_LE is not None  # the router's, by which all is gated
                 gates = {
                     "domains": list(self._service.domains),
                     "tokens": [self._service.chat.text([event.token])],

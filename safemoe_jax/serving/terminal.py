@@ -139,6 +139,7 @@ class Speaker:
             while self._engine.busy:
                 for event in self._engine.step():
                     finish = event.finish
+                    assert event.gates_LE is not None  # the router's, which `chat` decodes with
                     gates_TE.append(event.gates_LE.mean(axis=0))
                     if event.token is None:
                         continue

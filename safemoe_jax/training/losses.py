@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from safemoe_jax.model.lora import Routing
 from safemoe_jax.model.precision import contract
 from safemoe_jax.model.quantization import dequantized
-from safemoe_jax.model.transformer import Head, Transformer, logits
+from safemoe_jax.model.transformer import Head, Transformer, forward, logits
 from safemoe_jax.parallel.sharding import constrain, extent
 
 # Bounds a device's [P, C, V] block: 128 MiB in float32, of which a GPU is not busy.
@@ -33,7 +33,8 @@ def batch_nll(
     Returns:
       nll_BT, zero where the loss mask is zero, and gates_LBTE (None where there are none).
     """
-    out = model.apply(
+    out = forward(
+        model,
         variables,
         batch["tokens_BT"],
         batch["positions_BT"],

@@ -10,13 +10,12 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from safemoe_jax.config import AdamWConfig
-from safemoe_jax.parallel.sharding import shardings
+from safemoe_jax.parallel.sharding import named_axes, shardings
 
 EXPERT_AXIS = 1  # of the stacked leaves A [L, E, D, R] and B [L, E, R, O]
 
 
-@flax.struct.dataclass
-class Best:
+class Best(flax.struct.PyTreeNode):
     """The weights with the lowest validation loss so far.
 
     Attributes:
@@ -30,8 +29,7 @@ class Best:
     step: jax.Array
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that changes in training; the base is never in it.
 
     Attributes:
@@ -90,7 +88,7 @@ def state_shardings(
     moments, per_expert = names, state.best.loss.ndim == 1
     if per_expert:
         moments = jax.tree.map(_expert_first, names)
-    scalar = PartitionSpec()
+    scalar = named_axes()
     opt_state = optax.tree.map_params(
         tx, lambda _, spec: spec, state.opt_state, moments, transform_non_params=lambda _: scalar
     )

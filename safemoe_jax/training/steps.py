@@ -108,6 +108,7 @@ def gate_train_step(
 
     def loss_fn(router, rows: Batch):
         nll_BT, gates_LBTE = batch_nll(model, {**frozen, "router": router}, rows, Routed())
+        assert gates_LBTE is not None  # routed
         loss = nll_BT.sum() / jnp.maximum(tokens, 1)
         used_BT = rows["segment_ids_BT"] > 0
         gates_E, squares_E = (

@@ -30,7 +30,7 @@ EMBEDDED = {
 }
 
 # Weights, configs and tokenizers of the root; no pickle, no second copy in a sub-directory.
-HUB_FILES = dict(
+HUB_FILES: dict[str, Any] = dict(
     allow_patterns=["*.safetensors", "*.json", "*.jinja", "README.md"], ignore_patterns=["*/*"]
 )
 

@@ -113,7 +113,7 @@ class _Reader(gguf.GGUFReader):
     one that sees the file's end."""
 
     @property
-    def data(self) -> np.ndarray:
+    def data(self) -> Any:  # its types say that it is a memmap
         return self._data
 
     @data.setter

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
-from safemoe_jax.model.spec import FAMILIES, ModelSpec, RopeScaling, shortest_pattern
+from safemoe_jax.model.spec import FAMILIES, Kind, ModelSpec, RopeScaling, shortest_pattern
 from safemoe_jax.weights.layout import (
     UNKNOWN_LICENSE,
     Checkpoint,
@@ -59,7 +59,7 @@ _FUSED_NAMES = {
 }
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}
-_LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}
+_LAYER_TYPES: dict[str, Kind] = {"sliding_attention": "local", "full_attention": "global"}
 
 
 def names(spec: ModelSpec) -> dict[str, str]:
@@ -143,9 +143,9 @@ def save(
         shard = {name: tensors[name] for name in of_file}
         safetensors.numpy.save_file(shard, directory / file, metadata={"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        where = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         path = directory / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(where, indent=2) + "\n", encoding="utf-8")
     config = _config(spec)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, list(ends)
     config.pad_token_id = tokenizer.pad_token_id
@@ -156,7 +156,7 @@ def save(
 
 def _config(spec: ModelSpec) -> PreTrainedConfig:
     """The config of which `read_spec` makes this spec."""
-    kind = CONFIG_MAPPING[spec.family]
+    kind: type[Any] = CONFIG_MAPPING[spec.family]  # each takes arguments of its own
     layers = [spec.pattern[i % len(spec.pattern)] for i in range(spec.num_layers)]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
     if (scaling := spec.rope_scaling) is not None:
@@ -275,7 +275,7 @@ def _spec(values: dict[str, Any], path: Path) -> ModelSpec:
     )
 
 
-def _kinds(config: PreTrainedConfig, path: Path) -> tuple[str, ...]:
+def _kinds(config: PreTrainedConfig, path: Path) -> tuple[Kind, ...]:
     """The kind of each layer."""
     layers = range(config.num_hidden_layers)
     if (rotated := getattr(config, "no_rope_layers", None)) is not None:
@@ -287,7 +287,7 @@ def _kinds(config: PreTrainedConfig, path: Path) -> tuple[str, ...]:
                 f"{', '.join(_LAYER_TYPES)}"
             )
         return tuple(_LAYER_TYPES[types[i]] for i in layers)
-    kind = "local" if getattr(config, "sliding_window", None) else "global"
+    kind: Kind = "local" if getattr(config, "sliding_window", None) else "global"
     return tuple(kind for _ in layers)
 
 

@@ -158,19 +158,25 @@ class Weights:
             if leaf.endswith(_VECTORS):
                 continue
             layers = range(shape[0]) if _is_layered(leaf) else (0,)
-            kinds = {self._tensors[self._names[leaf].format(layer)].rests for layer in layers}
-            if None in kinds:
-                raise UserError(
-                    "config.model.param_dtype is 'gguf', which keeps a GGUF file's own blocks, and "
-                    "this base is no GGUF file; set 'int8', 'nf4', 'bfloat16' or 'float32'"
-                )
-            if all(isinstance(kind, Blocks) for kind in kinds):
+            kinds = {self._as_filed(leaf, layer) for layer in layers}
+            blocks = [kind for kind in kinds if isinstance(kind, Blocks)]
+            if len(blocks) == len(kinds):
                 by_row = not _is_layered(leaf) or shape[-2] % 2  # two rows in a byte would not do
-                blocks = common(kinds)
-                rests[leaf] = dataclasses.replace(blocks, bits=8) if by_row else blocks
+                shared = common(blocks)
+                rests[leaf] = dataclasses.replace(shared, bits=8) if by_row else shared
             elif len(kinds) == 1:
                 rests[leaf] = kinds.pop()
         return FrozenDict(rests)
+
+    def _as_filed(self, leaf: str, layer: int) -> np.dtype | Blocks:
+        """How a GGUF file holds one layer of a leaf."""
+        rests = self._tensors[self._names[leaf].format(layer)].rests
+        if rests is None:
+            raise UserError(
+                "config.model.param_dtype is 'gguf', which keeps a GGUF file's own blocks, and "
+                "this base is no GGUF file; set 'int8', 'nf4', 'bfloat16' or 'float32'"
+            )
+        return rests
 
     def read(self, param_dtype: ParamDtype) -> dict[str, Any]:
         """All leaves in host memory, nested, as numpy arrays of one type: `param_dtype`, if that is
@@ -180,7 +186,8 @@ class Weights:
             index = tuple(slice(0, size) for size in shape)
             dtype = _rests(leaf, param_dtype)
             if isinstance(dtype, str | Blocks):
-                leaves[leaf] = dequantized(self._quantized(leaf, index[:-1], dtype), np.float32)
+                matrix = self._quantized(leaf, index[:-1], dtype)
+                leaves[leaf] = dequantized(matrix, np.dtype(np.float32))
             else:
                 leaves[leaf] = self._slice(leaf, index, of_vectors(param_dtype))
         return unflatten_dict(leaves, sep="/")
@@ -192,7 +199,8 @@ class Weights:
         come first, while the host's memory is still free. On CPUs layers of bfloat16 lie as their
         bits (`model.precision.bits` says why).
         """
-        placed, shardings = {}, flatten_dict(dict(shardings), sep="/")
+        placed: dict[str, jax.Array | Quantized] = {}
+        shardings = flatten_dict(dict(shardings), sep="/")
         for leaf, shape in sorted(self._shapes.items(), key=lambda item: -math.prod(item[1])):
             dtype = _rests(leaf, param_dtype)
             if isinstance(dtype, str | Blocks):
@@ -216,7 +224,7 @@ class Weights:
         """A leaf of `place`, quantized by whole rows, of which each device gets its columns."""
         matrix = jax.eval_shape(functools.partial(zeros, self._shapes[leaf], format))
         like, structure = jax.tree.flatten(matrix)
-        where = structure.flatten_up_to(shardings)
+        where = jax.tree.leaves(shardings)
         cuts = [
             sharding.addressable_devices_indices_map(part.shape)
             for sharding, part in zip(where, like, strict=True)

@@ -22,21 +22,26 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from safemoe_jax.config import ExpertsConfig
+from safemoe_jax.config import ExpertsConfig, Target
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.weights.artefact import file_digest
-from safemoe_jax.weights.huggingface import NAMES, names, read_license
+from safemoe_jax.weights.huggingface import names, read_license
 from safemoe_jax.weights.layout import UNKNOWN_LICENSE, leaf_shapes
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 # Target -> where its leaves are in our trees.
-PATHS = {
-    leaf.split("/")[-2]: leaf.removesuffix("/kernel")
-    for leaf in NAMES
-    if leaf.startswith("layers/") and leaf.endswith("/kernel")
+PATHS: dict[Target, str] = {
+    "q": "layers/attention/q",
+    "k": "layers/attention/k",
+    "v": "layers/attention/v",
+    "o": "layers/attention/o",
+    "gate": "layers/mlp/gate",
+    "up": "layers/mlp/up",
+    "down": "layers/mlp/down",
 }
+_TARGETS = {path: target for target, path in PATHS.items()}
 _TENSOR = "base_model.model.{}.lora_{}.weight"
 
 # Fields that say how large the adapter is and where: `_scale` and `_is_targeted` read them.
@@ -104,7 +109,7 @@ class Update(NamedTuple):
 class Adapter(NamedTuple):
     """One adapter: its updates by (target, layer), and its origin."""
 
-    updates: dict[tuple[str, int], Update]
+    updates: dict[tuple[Target, int], Update]
     origin: Origin
 
 
@@ -160,7 +165,7 @@ def write_adapter(
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def carriers(config: ExpertsConfig, spec: ModelSpec) -> dict[str, list[str]]:
+def carriers(config: ExpertsConfig, spec: ModelSpec) -> dict[str, list[Target]]:
     """Of the modules those that carry experts, and which of their targets do; see `modules`."""
     carried = {
         module: [target for target in targets if target in config.targets]
@@ -184,8 +189,8 @@ def projections(
 
 def _joined(
     leaves: Mapping[str, np.ndarray],
-    carried: Sequence[str],
-    targets: Sequence[str],
+    carried: Sequence[Target],
+    targets: Sequence[Target],
     layer: int,
     index: int,
     spec: ModelSpec,
@@ -319,17 +324,17 @@ def stack(adapters: Sequence[Adapter], spec: ModelSpec) -> tuple[ExpertsConfig, 
     return ExpertsConfig(targets, rank, scale * rank), unflatten_dict(leaves, sep="/")
 
 
-def modules(spec: ModelSpec) -> dict[str, list[str]]:
+def modules(spec: ModelSpec) -> dict[str, list[Target]]:
     """The modules of `transformers` that can carry an expert, "{}" the layer, and the targets that
     each is: one, or several in the order of its rows."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Target]] = {}
     for leaf, name in names(spec).items():
-        if (path := leaf.removesuffix("/kernel")) in PATHS.values():
-            found.setdefault(name.removesuffix(".weight"), []).append(path.split("/")[-1])
+        if target := _TARGETS.get(leaf.removesuffix("/kernel")):
+            found.setdefault(name.removesuffix(".weight"), []).append(target)
     return found
 
 
-def _modules(spec: ModelSpec) -> Iterator[tuple[str, tuple[list[str], int]]]:
+def _modules(spec: ModelSpec) -> Iterator[tuple[str, tuple[list[Target], int]]]:
     """Every module that can carry an expert, by its name in `transformers`: targets and layer."""
     for module, targets in modules(spec).items():
         for layer in range(spec.num_layers):

@@ -187,6 +187,7 @@ class Layer(nn.Module):
         """Mean over the prompt's tokens up to each; behind the prompt, over all of them."""
         if self.pooled_BS is not None:
             return self.pooled_BS[:, None]
+        assert self.prompt_mask_BT is not None  # a pass begins with it, or with what was pooled
         mask_BT1 = self.prompt_mask_BT[..., None].to(logits_BTS)
         mean_BTS = (mask_BT1 * logits_BTS).cumsum(1) / mask_BT1.cumsum(1).clamp(min=1.0)
         self.pooled_BS = mean_BTS[:, -1]
