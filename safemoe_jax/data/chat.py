@@ -109,11 +109,12 @@ class ChatFormat:
           Unencodable: where the template refuses the turns, hides the answer, or changes the prompt
             before it.
         """
-        items = self.encode_each(conversations)
-        for item in items:
+        encoded = []
+        for item in self.encode_each(conversations):
             if isinstance(item, Unencodable):
                 raise item
-        return items
+            encoded.append(item)
+        return encoded
 
     def encode_each(
         self, conversations: Sequence[tuple[Messages, str]]

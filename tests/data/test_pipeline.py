@@ -92,9 +92,9 @@ def test_long_rows_lose_the_answers_end_then_the_prompts_left(
 
 def test_second_pack_reads_what_the_first_stored(tokenizer, examples, packed, tmp_path):
     class Deaf(ChatFormat):
-        def encode_all(self, conversations):
+        def encode_each(self, conversations):
             assert len(conversations) == 1, "only the probe may be tokenized again"
-            return super().encode_all(conversations)
+            return super().encode_each(conversations)
 
     again = pack(examples, Deaf(tokenizer), LENGTH, 0, streams=DOMAINS, directory=tmp_path)
     assert again.tokens == packed.tokens
