@@ -1,11 +1,18 @@
+import errno
+import fcntl
 import json
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
 from experiments import pyrit
+from safemoe_jax import cli
 from safemoe_jax.config import freeze, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.workdir import Workdir, code_commit, write_json
@@ -128,6 +135,17 @@ def test_one_process_at_a_time(tmp_path):
     visit(tmp_path)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = f"the file system of --workdir {tmp_path} has no locks ({os.strerror(number)}); give"
+    with pytest.raises(UserError, match=re.escape(message)):
+        visit(tmp_path)
+
+
 def test_another_config_is_refused_and_named(tmp_path):
     visit(tmp_path)
     message = (
@@ -141,11 +159,35 @@ def test_another_config_is_refused_and_named(tmp_path):
     visit(tmp_path)
 
 
-def test_evaluation_may_change(tmp_path):
+def test_evaluation_and_mesh_may_change(tmp_path):
     visit(tmp_path)
-    visit(tmp_path, **{"evaluation.max_new_tokens": 5})
+    visit(tmp_path, **{"evaluation.max_new_tokens": 5, "mesh.fsdp": 2})
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["evaluation"]["max_new_tokens"] == 5
+    commands = json.loads((tmp_path / "run.json").read_text())["commands"]
+    assert [command["mesh"]["fsdp"] for command in commands] == [config().mesh.fsdp, 2]
+
+
+def test_the_same_command_goes_on_from_its_checkpoint_on_another_mesh(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "cache"))
+    tiny.write_base(tmp_path / "base")
+    tiny.write_corpus(tmp_path / "corpus.jsonl")
+    tiny.write_experiment(tmp_path / "tiny.py", tmp_path / "base", tmp_path / "corpus.jsonl")
+    command = ["train-experts", "--config", str(tmp_path / "tiny.py")]
+    command += ["--workdir", str(tmp_path / "run")]
+
+    def losses():
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return {(r["step"], r["split"]): r["loss"] for r in map(json.loads, lines)}
+
+    assert cli.main(command) == 0
+    alone, checkpoints = losses(), tmp_path / "run" / "experts" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"2", "4"}
+    shutil.rmtree(checkpoints / "4")
+    assert cli.main([*command, "--config.mesh.fsdp=2"]) == 0
+    found = losses()
+    assert found.keys() == alone.keys()
+    np.testing.assert_allclose(list(found.values()), [alone[key] for key in found], rtol=1e-4)
 
 
 def test_where_nothing_can_be_written(tmp_path):
