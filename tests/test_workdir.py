@@ -3,16 +3,12 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tiny
 
 from experiments import pyrit
-from safemoe_jax import cli
 from safemoe_jax.config import freeze, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.workdir import Workdir, code_commit, write_json
@@ -166,28 +162,6 @@ def test_evaluation_and_mesh_may_change(tmp_path):
     assert stored["evaluation"]["max_new_tokens"] == 5
     commands = json.loads((tmp_path / "run.json").read_text())["commands"]
     assert [command["mesh"]["fsdp"] for command in commands] == [config().mesh.fsdp, 2]
-
-
-def test_the_same_command_goes_on_from_its_checkpoint_on_another_mesh(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "cache"))
-    tiny.write_base(tmp_path / "base")
-    tiny.write_corpus(tmp_path / "corpus.jsonl")
-    tiny.write_experiment(tmp_path / "tiny.py", tmp_path / "base", tmp_path / "corpus.jsonl")
-    command = ["train-experts", "--config", str(tmp_path / "tiny.py")]
-    command += ["--workdir", str(tmp_path / "run")]
-
-    def losses():
-        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        return {(r["step"], r["split"]): r["loss"] for r in map(json.loads, lines)}
-
-    assert cli.main(command) == 0
-    alone, checkpoints = losses(), tmp_path / "run" / "experts" / "checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"2", "4"}
-    shutil.rmtree(checkpoints / "4")
-    assert cli.main([*command, "--config.mesh.fsdp=2"]) == 0
-    found = losses()
-    assert found.keys() == alone.keys()
-    np.testing.assert_allclose(list(found.values()), [alone[key] for key in found], rtol=1e-4)
 
 
 def test_where_nothing_can_be_written(tmp_path):
