@@ -21,8 +21,8 @@ _ENDS: tuple[tuple[float, Split], ...] = (
 )
 _SIMILARITY = 0.7
 _SHINGLE_WORDS = 2
-# A pair of similarity s is a candidate with probability 1 - (1 - s^4)^32: 0.9998 at 0.7. Wide bands
-# propose many that are less alike; they cost a comparison, one that is missed would cost a split.
+# A pair of similarity s is a candidate with probability 1 - (1 - s^4)^32: 0.9998 at 0.7. Such
+# short bands propose many that are less alike, which cost a comparison; a missed one costs a split.
 _BANDS = (32, 4)
 _PERMUTATIONS = 128
 
