@@ -1,6 +1,6 @@
 """Plans shipped experiments and writes what was found to where they are described.
 
-    python -m benchmarks.plans llama32_1b llama31_8b llama31_70b
+    python -m benchmarks.plans llama32_1b llama31_8b llama31_70b llama31_70b_int8
 
 An experiment's docstring holds the commands that plan it: they name the slices. From its line that
 begins with "Planned" to its end it is written anew, and so are the experiment's rows in

@@ -66,7 +66,7 @@ def measured(dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     results = {}
-    for dtype in ("float32", "int8", "nf4", "bfloat16"):
+    for dtype in ("float32", "int8", "nf4", "gguf", "bfloat16"):
         results[dtype] = one = measured(dtype)
         print(dtype, {key: value for key, value in one.items() if key != "gradient"}, flush=True)
     rows, whole = [], results["float32"]

@@ -4,7 +4,7 @@
 
 Hardware: TPU v5p-128, which counts cores: 64 chips. Data: as llama32_1b.py.
 
-Planned on 2026-11-26 by jax 0.10.2 and libtpu 0.0.42.1: 70,553,706,496 parameters of the base,
+Planned on 2026-11-27 by jax 0.10.2 and libtpu 0.0.42.1: 70,553,706,496 parameters of the base,
 524,288,000 of the experts, 5,243,520 of the router; it fits. How to read it: docs/plans.md.
 
     topology   function       HBM GiB  TFLOPs  sent GB  compute s   HBM s   ICI s    MFU  tokens/s

@@ -13,7 +13,7 @@
 #   stop     lets the job save and end
 #
 #   launch/gpu_run.sh run mine --hosts=node1,node2 --gpus=8 -- \
-#     --config experiments/pyrit.py --workdir /shared/pyrit --config.mesh.fsdp=16
+#     --config experiments/llama31_8b.py --workdir /shared/llama31_8b
 #
 # --gpus=N                 on each host (8)
 # --env-file=FILE          KEY=VALUE lines, of mode 600, for the job's environment: secrets

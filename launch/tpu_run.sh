@@ -13,7 +13,7 @@
 #   delete   deletes the slice
 #
 #   launch/tpu_run.sh run pod --zone=us-west4-a --accelerator=v5litepod-16 --capacity=spot -- \
-#     --config experiments/pyrit.py --workdir gs://bucket/pyrit --config.mesh.fsdp=16
+#     --config experiments/llama31_8b.py --workdir gs://bucket/llama31_8b
 #
 # --accelerator=TYPE       v4-N, v5litepod-N, v5p-N or v6e-N, as gcloud names them
 # --capacity=KIND          on-demand (default), spot or reserved

@@ -6,7 +6,7 @@
 #
 #   launch/xpk_run.sh pod --cluster=mine --zone=us-west4-a --tpu-type=v5litepod-16 --spot \
 #     --docker-image=IMAGE --env-file=secrets.env -- \
-#     --config experiments/pyrit.py --workdir gs://bucket/pyrit --config.mesh.fsdp=16
+#     --config experiments/llama31_8b.py --workdir gs://bucket/llama31_8b
 #
 # IMAGE is that of launch/Dockerfile, in a registry that the cluster reads. XPK_FLAG is any of
 # `xpk workload create`; what stands here is only what safemoe needs: a job that has saved (75) is

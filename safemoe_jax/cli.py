@@ -32,7 +32,7 @@ VERBS = {
     "import": "make LoRA adapters trained elsewhere the experts that a gate is trained on",
 }
 # Once interrupted, these have nothing to go on from.
-_KEEP_NOTHING = ("generate", "chat", "serve")
+_KEEP_NOTHING = ("report", "plan", "generate", "chat", "serve", "export", "import")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,8 +129,10 @@ def _parser() -> argparse.ArgumentParser:
                 help="default: runs/<name of the config file>; gs://bucket/path needs gcsfs",
             )
         if verb == "data":
+            sub.usage += " [--show N]"
             sub.add_argument("--show", type=int, default=0, metavar="N", help="rows to print")
         if verb == "evaluate":
+            sub.usage += " [--export-for-humans N] [--import-humans FILE]"
             sub.add_argument(
                 "--export-for-humans",
                 type=int,
@@ -221,7 +223,8 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
 def _add_sweep(sub: argparse.ArgumentParser) -> None:
     sub.usage = (
         "safemoe sweep FILE [--config FILE] [--config.KEY=VALUE ...] [--workdir DIR] "
-        "[--backend local|slurm|skypilot]"
+        "[--keep-experts] [--only NAME]"
+        "\n       [--backend local|slurm|skypilot] [--slurm KEY=VALUE ...] [--task FILE]"
     )
     sub.add_argument("sweep", type=Path, metavar="FILE", help="sweep file, as experiments/sweeps/")
     sub.add_argument("--config", type=Path, help="another experiment than the sweep file's own")

@@ -5,6 +5,7 @@ value of the wrong type, is a `UserError` that names the key.
 """
 
 import dataclasses
+import math
 import runpy
 import sys
 import typing
@@ -28,8 +29,9 @@ class ModelConfig:
       source: "smollm2-135m-instruct" (embedded), a Hugging Face directory, a .gguf file, or a hub
         id that `safemoe fetch` brings.
       param_dtype: how the frozen weights rest in memory. "int8" holds a matrix row's weights in a
-        byte each; "nf4" those of layers in half a byte, with embedding and head in int8; norms and
-        biases are float32 then.
+        byte each; "nf4" those of layers in half a byte, with embedding and head in int8; "gguf"
+        keeps a GGUF file's own blocks, rounding nothing again, with a byte for each weight of more
+        than 4 bits and of embedding and head. Norms and biases are float32 then.
       compute_dtype: what activations and matmuls use; experts and router rest in float32.
       remat: what the backward pass recomputes: "none", "dots" (keeps matmul outputs) or "full".
       attention: "auto" takes what the platform has: splash attention on TPUs, cuDNN's on GPUs where
@@ -37,7 +39,7 @@ class ModelConfig:
     """
 
     source: str
-    param_dtype: Literal["float32", "bfloat16", "int8", "nf4"]
+    param_dtype: Literal["float32", "bfloat16", "int8", "nf4", "gguf"]
     compute_dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "dots", "full"]
     attention: Literal["auto", "reference", "cudnn", "splash"]
@@ -262,8 +264,10 @@ def call_of(path: Path, function: str) -> Any:
     """
     if not path.is_file():
         raise UserError(f"{path} is no file; the shipped experiments are in experiments/")
-    # Experiment files may import one another as `experiments.NAME`; sweeps are one level deeper.
-    sys.path[:0] = map(str, path.resolve().parents[1:3])
+    # Files import one another as `experiments.NAME`; sweeps are one level deeper, and a file may
+    # lie beside that directory. A file's own directory comes last: what is in it hides no package.
+    beside, *above = map(str, path.resolve().parents[:3])
+    sys.path[:] = [*above, *sys.path, beside]
     try:
         return runpy.run_path(str(path))[function]()
     except Exception as error:  # whatever the user's own code raises
@@ -351,8 +355,15 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def _check(config: Config) -> None:
     """Rejects values that are well-typed and cannot work."""
+    # From the first number on, and below the second.
+    ranges: dict[str, tuple[float, float, float]] = {
+        "seed": (config.seed, 0, 2**32),
+        "data.sequence_length": (config.data.sequence_length, 2, math.inf),
+        "evaluation.temperature": (config.evaluation.temperature, 0, math.inf),
+    }
     positive = {
-        "data.sequence_length": config.data.sequence_length,
+        "experts.alpha": config.experts.alpha,
+        "evaluation.top_p": config.evaluation.top_p,
         "experts.rank": config.experts.rank,
         "router.temperature": config.router.temperature,
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
@@ -367,11 +378,22 @@ def _check(config: Config) -> None:
         }
         positive[f"optimizer.{stage}.clip_norm"] = optimizer.clip_norm
         positive[f"optimizer.{stage}.learning_rate"] = optimizer.learning_rate
+        ranges |= {
+            f"optimizer.{stage}.b1": (optimizer.b1, 0, 1),
+            f"optimizer.{stage}.b2": (optimizer.b2, 0, 1),
+            f"optimizer.{stage}.warmup_steps": (optimizer.warmup_steps, 0, math.inf),
+            f"optimizer.{stage}.weight_decay": (optimizer.weight_decay, 0, math.inf),
+        }
     for axis in ("data", "fsdp", "tensor", "context"):
         positive[f"mesh.{axis}"] = getattr(config.mesh, axis)
     for key, value in positive.items():
         if value <= 0:
             raise UserError(f"config.{key} is {value}; it must be greater than 0")
+    for key, (value, first, end) in ranges.items():
+        if not first <= value < end:
+            raise UserError(f"config.{key} is {value}; it must be at least {first} and below {end}")
+    if config.evaluation.top_p > 1:
+        raise UserError(f"config.evaluation.top_p is {config.evaluation.top_p}; 1 keeps all")
 
     if config.model.attention == "cudnn" and config.model.compute_dtype == "float32":
         raise UserError(

@@ -29,6 +29,7 @@ from safemoe_jax.evaluation.systems import (
     fixed_gates,
     matched_random,
     null_experts,
+    preamble,
     shuffled_router,
     without_expert,
 )
@@ -83,9 +84,7 @@ class Controls:
         """
         recipe = SYSTEMS[name]
         if isinstance(recipe, Base):
-            turns = ({"role": "system", "content": recipe.system_prompt},)
-            preamble = turns if recipe.system_prompt else ()
-            return self._system(self._experiment.model, {}, None, preamble)
+            return self._system(self._experiment.model, {}, None, preamble(name))
         if isinstance(recipe, Adapter):
             model, lora = self._adapter(name, recipe, left_out)
             return self._system(model, {"experts": lora}, Gates(jnp.ones(1)))

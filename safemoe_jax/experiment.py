@@ -20,7 +20,7 @@ from safemoe_jax.data.pipeline import PackedCorpus, encodable, pack
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.flops import num_params
 from safemoe_jax.model.lora import Routed
-from safemoe_jax.model.quantization import NF4_BLOCK
+from safemoe_jax.model.quantization import ParamDtype, largest_block
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import check_divides, make_mesh
@@ -49,7 +49,7 @@ class Experiment:
     @cached_property
     def mesh(self) -> Mesh:
         mesh = make_mesh(self.config.mesh)
-        check_layout(self.config, self.base.spec)
+        check_layout(self.config, self.base.spec, self.base.rests)
         return mesh
 
     @cached_property
@@ -76,7 +76,7 @@ class Experiment:
     @cached_property
     def model(self) -> Transformer:
         """The base with one expert per domain and the router."""
-        return Transformer.from_config(self.config, self.base.spec)
+        return Transformer.from_config(self.config, self.base.spec, rests=self.base.rests)
 
     def lora_model(self, size: Literal["router", "experts"]) -> Transformer:
         """A control: one LoRA, always on, at the experts' scale.
@@ -146,14 +146,19 @@ class Experiment:
         )
 
 
-def check_layout(config: Config, spec: ModelSpec) -> None:
+def check_layout(config: Config, spec: ModelSpec, rests: ParamDtype) -> None:
     """Refuses a config whose mesh cannot cut the base or the steps' rows into equal parts.
+
+    Args:
+      config: the experiment.
+      spec: of its base.
+      rests: how the base does.
 
     Raises:
       UserError: names the axis, the size, and what would divide it.
     """
     sizes = [
-        *model_sizes(config, spec, "the base"),
+        *model_sizes(spec, rests, "the base"),
         ("data.sequence_length", "length", config.data.sequence_length),
     ]
     for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
@@ -168,12 +173,12 @@ def check_layout(config: Config, spec: ModelSpec) -> None:
     check_divides(config.mesh, sizes)
 
 
-def model_sizes(config: Config, spec: ModelSpec, whose: str) -> list[tuple[str, str, int]]:
-    """What a mesh cuts of a model that rests as the config says, as `check_divides` takes it.
+def model_sizes(spec: ModelSpec, rests: ParamDtype, whose: str) -> list[tuple[str, str, int]]:
+    """What a mesh cuts of a model, as `check_divides` takes it.
 
     Args:
-      config: the experiment.
       spec: of the model.
+      rests: how the model does; what rests in blocks is cut between them.
       whose: sizes these are, in messages.
     """
     sizes = [
@@ -183,9 +188,9 @@ def model_sizes(config: Config, spec: ModelSpec, whose: str) -> list[tuple[str, 
         (f"{whose}'s key/value heads", "kv_heads", spec.num_kv_heads),
         (f"{whose}'s MLP's width", "mlp", spec.mlp_dim),
     ]
-    if config.model.param_dtype == "nf4":
+    if block := largest_block(rests):
         sizes += [
-            (f"{whose}'s {what}, in nf4's blocks of {NF4_BLOCK}", axis, size // NF4_BLOCK)
+            (f"{whose}'s {what}, in blocks of {block}", axis, size // block)
             for what, axis, size in (
                 ("width", "embed", spec.embed_dim),
                 ("queries' width", "heads", spec.num_heads * spec.head_dim),

@@ -21,7 +21,7 @@ from safemoe_jax.model.lora import Gates, Routed, Routing
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import shardings
-from safemoe_jax.progress import console
+from safemoe_jax.progress import console, printable
 from safemoe_jax.weights.base import BaseModel, load_base
 from safemoe_jax.weights.bundle import Bundle, read_bundle
 from safemoe_jax.weights.huggingface import read_tokenizer
@@ -66,6 +66,8 @@ def answer(
     check_sampling(max_new_tokens, temperature, top_p)
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; give --prompt TEXT, or text on standard input")
+    for prompt in prompts:
+        check_unicode(prompt, "a prompt")
     bundle = read_bundle(directory, None)
     domains = bundle.config.data.domains
     chosen = _routing(routing, domains, allow_ungated)
@@ -80,14 +82,25 @@ def answer(
             top_p=top_p,
             seed=seed,
             batch_size=_BATCH_SIZE,
+            description="",  # who redirects the answers wants nothing else among them
         )
     for prompt, generation in zip(prompts, answers, strict=True):
         if len(prompts) > 1:
             console.out(f"> {prompt}", style="bold", highlight=False)
-        # As it is: not wrapped, and no [markup] or :emoji: read into it.
-        console.out(chat.text(generation.tokens), highlight=False)
+        text = chat.text(generation.tokens)
+        print(printable(text) if console.is_terminal else text)  # in a file as it is
         if show_gates and generation.gates_TLE is not None:
             console.print(_gates_table(generation, chat.tokenizer, domains))
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises UserError for bytes that Python took from a command line and could not read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is not UTF-8 (at character {error.start}); give it in that encoding"
+        ) from error
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -125,7 +138,8 @@ def on_devices(directory: Path, bundle: Bundle) -> Loaded:
       UserError: as `checked_base`.
     """
     base = checked_base(directory, bundle)
-    model, mesh = Transformer.from_config(bundle.config, base.spec), _mesh(bundle.config.mesh)
+    model = Transformer.from_config(bundle.config, base.spec, rests=base.rests)
+    mesh = _mesh(bundle.config.mesh)
     where = shardings(mesh, boxed_shapes(model))
     trained = {"experts": bundle.experts, "router": bundle.router}
     placed = jax.device_put(trained, {name: where[name] for name in trained})

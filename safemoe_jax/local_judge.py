@@ -67,7 +67,8 @@ class LocalJudge(AskedJudge):
                 "reply has no end; add it to its tokenizer_config.json"
             )
         Transformer.from_config(self._config, spec)  # refuses a kernel that cannot compute it
-        check_divides(self._config.mesh, model_sizes(self._config, spec, f"judge {self.name}"))
+        sizes = model_sizes(spec, self._base.rests, f"judge {self.name}")
+        check_divides(self._config.mesh, sizes)
         longest = self._config.evaluation.max_new_tokens
         asked = len(self._ids(self._text(_PROBE)))
         if asked + longest + template.max_tokens > spec.max_positions:
@@ -99,7 +100,7 @@ class LocalJudge(AskedJudge):
     ) -> None:
         """Reads the model, lets it reply to all prompts, and gives its memory back."""
         base, keys = self._base, list(prompts)
-        model = Transformer.from_config(self._config, base.spec)
+        model = Transformer.from_config(self._config, base.spec, rests=base.rests)
         with jax.set_mesh(self._mesh):
             placed = base.placed(shardings(self._mesh, boxed_shapes(model)["params"]))
             sampler = Sampler(model, {"params": placed}, None, base.tokenizer.eos_token_id)

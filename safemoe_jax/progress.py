@@ -1,6 +1,7 @@
 """Progress of long work: a bar with ETA on a terminal, plain lines elsewhere."""
 
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -44,7 +45,7 @@ def track(
       items: what to go through.
       total: how many there are when all is done, those before `start` included.
       start: how many were done earlier.
-      description: what is being done, a few words.
+      description: what is being done, a few words; where it is empty, only a terminal shows it.
       meter: its `note` is shown beside the count; the caller may change it as it goes.
     """
     meter = meter or Meter()
@@ -69,7 +70,15 @@ def track(
     for done, item in enumerate(items, start=start + 1):
         yield item
         now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES or done == total:
+        if description and (now - last >= _SECONDS_BETWEEN_LINES or done == total):
             eta = (now - began) / (done - start) * (total - done)
             console.print(f"{description}: {done}/{total}, eta {eta:.0f} s {meter.note}".rstrip())
             last = now
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, with which it could steer a terminal, are visible."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )

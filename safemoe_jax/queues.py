@@ -64,7 +64,7 @@ def slurm(
         import submitit
     except ImportError:
         raise UserError(
-            "--backend slurm needs submitit; install it by `pip install 'safemoe-jax[slurm]'`"
+            "--backend slurm needs submitit; pip install -e '.[slurm]' in the checkout"
         ) from None
     if "time" not in settings:
         raise UserError("--slurm time=MINUTES is missing; a job without it gets 5 minutes")

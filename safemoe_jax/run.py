@@ -18,6 +18,7 @@ from safemoe_jax.config import to_dict
 from safemoe_jax.controls import Controls
 from safemoe_jax.data.chat import colored
 from safemoe_jax.data.corpora import load_judge_rows
+from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks, ledger, metrics, panel
 from safemoe_jax.evaluation.asked import Asked, AskedJudge, parse_judges
 from safemoe_jax.evaluation.attacks import ATTACKS
@@ -45,6 +46,7 @@ from safemoe_jax.evaluation.systems import (
     LEFT_OUT_SYSTEMS,
     check_names,
     is_ungated,
+    preamble,
     role,
     title,
 )
@@ -150,6 +152,24 @@ def _judges(experiment: Experiment) -> list[AskedJudge]:
     return [judge(asked) for asked in parse_judges(config.evaluation.judges)]
 
 
+def _check_systems(experiment: Experiment) -> None:
+    """Refuses systems that there are not, or that the base's chat template cannot begin with.
+
+    Raises:
+      UserError: which names the first of them.
+    """
+    names = experiment.config.evaluation.systems
+    check_names(names)
+    for name in names:
+        try:
+            experiment.chat.prompt_ids([*preamble(name), {"role": "user", "content": "?"}])
+        except UserError as error:
+            raise UserError(
+                f"config.evaluation.systems names {name!r}, which begins with a system's turn, and "
+                f"the template of {experiment.base.identity.source} takes none; leave it out"
+            ) from error
+
+
 def _hear(
     experiment: Experiment,
     results: dict[str, Any],
@@ -182,7 +202,7 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
     config, directory = experiment.config, experiment.workdir.evaluation
     # What is wrong with the config is seen before anything is trained.
     sets = resolve(config.evaluation.benchmarks)
-    check_names(config.evaluation.systems)
+    _check_systems(experiment)
     if experiment.workdir.bundle.exists():
         own_bundle(experiment)  # is it of this base and data?
     else:
@@ -268,15 +288,17 @@ def _prompts(
     """What is asked, by the domain that is left out ("" for none) or "attacks", and the facts."""
     config, corpus = experiment.config.evaluation, experiment.corpus
     domains, most = experiment.config.data.domains, config.prompts_per_domain
+    fits = _room(experiment)
     own = benchmarks.held_out(corpus.select(splits={config.split}), domains, most)
     learnt = corpus.select(splits={"train", "validation", "judge"})
     taught = {*judge_taught, *(row.prompt for row in learnt)}
-    asked, facts = benchmarks.ask(sets, taught, config.prompts_per_benchmark)
+    asked, facts = benchmarks.ask(sets, taught, config.prompts_per_benchmark, fits)
     for name, fact in facts.items():
         console.print(
             f"benchmark {name}: {fact['asked']} of {fact['prompts']} prompts asked, "
             f"{fact['by_refusal_alone']} of them judged by refusal alone; "
-            f"{fact['left_out_as_taught']} left out, which taught models or judge"
+            f"{fact['left_out_as_taught']} left out, which taught models or judge, and "
+            f"{fact['left_out_as_too_long']}, which leave no room for an answer"
         )
     general = benchmarks.general_ability() if config.utility else []
     attacked = [ATTACKS[name](own, experiment.unsafe("train")) for name in config.attacks]
@@ -285,7 +307,28 @@ def _prompts(
     free = corpus.select(splits={"train", "validation", config.split})
     for domain in config.left_out:
         prompts[domain] = benchmarks.left_out(free, domain, most)
-    return prompts, facts
+    fitting = {place: list(filter(fits, of_place)) for place, of_place in prompts.items()}
+    if left := sum(map(len, prompts.values())) - sum(map(len, fitting.values())):
+        console.print(f"{left} more prompts are left out, which leave no room for an answer")
+    return fitting, facts
+
+
+def _room(experiment: Experiment) -> Callable[[Prompt], bool]:
+    """Whether every system can read a prompt and has room for a whole answer behind it."""
+    config, chat = experiment.config.evaluation, experiment.chat
+    starts: list[tuple[dict[str, str], ...]] = [()]
+    starts += [turns for name in config.systems if (turns := preamble(name)) not in starts]
+
+    def fits(prompt: Prompt) -> bool:
+        prefix = chat.tokenizer.encode(prompt.prefix, add_special_tokens=False)
+        try:
+            longest = max(len(chat.prompt_ids((*turns, *prompt.messages))) for turns in starts)
+        except UserError:  # the chat template refuses its turns
+            return False
+        room = experiment.base.spec.max_positions - longest - len(prefix)
+        return room >= config.max_new_tokens
+
+    return fits
 
 
 def _entries(
@@ -342,8 +385,10 @@ def report(experiment: Experiment, texts: Texts = "cut") -> None:
 def run(experiment: Experiment, keep_experts: bool = False) -> None:
     """All of it; what is done already is used as it is."""
     parse_judges(experiment.config.evaluation.judges)  # a mistake there need not wait
+    check_names(experiment.config.evaluation.systems)
     fetch(experiment)
     _judges(experiment)  # nor one in what they are on this machine
+    _check_systems(experiment)
     if not experiment.workdir.bundle.exists():
         data(experiment)
     train_gate(experiment, keep_experts)

@@ -204,8 +204,8 @@ def one_after_another(run_one: Callable[[str], None], names: Sequence[str]) -> F
         console.print(f"{number} of {len(names)}: {name}")
         try:
             run_one(name)
-        except Diverged as error:
-            failed[name] = str(error)
+        except (Diverged, UserError, jax.errors.JaxRuntimeError) as error:
+            failed[name] = str(error).partition("\n")[0]  # the other points may do better
     return failed
 
 

@@ -309,6 +309,7 @@ def test_generate_answers_with_gates(safemoe, home):
     argv = ("generate", "--bundle", home / "bundle", "--max-new-tokens", 8, "--prompt", "Cats?")
     code, plain, err = safemoe(*argv)
     assert (code, err) == (0, "")
+    assert "eta" not in plain  # what is piped is the answer alone
     assert len(plain) > 5
     code, out, _ = safemoe(*argv, "--gates")
     assert code == 0
@@ -318,7 +319,7 @@ def test_generate_answers_with_gates(safemoe, home):
 
 
 def test_generate_prints_an_answer_as_it_is(safemoe, home, monkeypatch):
-    answer = ":dog: [bold]x[/] [/]  " * 20
+    answer = ":dog: [bold]x[/] [/]\tx:\r\n  " * 20
     base = load_base(str(home / "base"), "float32")
 
     def say(self, prompts, **settings):
@@ -330,6 +331,21 @@ def test_generate_prints_an_answer_as_it_is(safemoe, home, monkeypatch):
     argv = ("--prompt", "[/a]", "--prompt", "b")
     code, out, _ = safemoe("generate", "--bundle", home / "bundle", *argv)
     assert (code, out) == (0, f"> [/a]\n{answer}\n> b\n{answer}\n")
+
+
+def test_a_prompt_that_is_no_text_is_said(mistake, home):
+    prompt = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python reads a command line
+    line = mistake("generate", "--bundle", home / "bundle", "--prompt", prompt)
+    assert line == "a prompt is not UTF-8 (at character 3); give it in that encoding"
+
+
+def test_a_report_of_what_is_none_is_said(mistake, tmp_path):
+    (tmp_path / "file").write_text("{}")
+    for wrong in (("--results", tmp_path), ("--runs", tmp_path / "file")):
+        assert "--runs wants work directories, --results a report.json" in mistake("report", *wrong)
+    shipped = Path(__file__).parents[1] / "docs" / "headline" / "report.json"
+    line = mistake("report", "--results", shipped, "--out", tmp_path / "file")
+    assert line == f"--out {tmp_path / 'file'} is a file, or lies in one; give a directory"
 
 
 def test_what_the_router_does_not_gate_needs_leave(safemoe, mistake, home, monkeypatch):

@@ -1,10 +1,11 @@
 import json
 import re
+import sys
 
 import pytest
 
 from experiments import pyrit
-from safemoe_jax.config import freeze, to_dict
+from safemoe_jax.config import call_of, freeze, to_dict
 from safemoe_jax.errors import UserError
 
 
@@ -123,8 +124,9 @@ def test_a_missing_key_is_named(values, key):
 
 
 POSITIVE = [
-    "data.sequence_length",
     "experts.rank",
+    "experts.alpha",
+    "evaluation.top_p",
     "router.temperature",
     "evaluation.max_new_tokens",
     "evaluation.batch_size",
@@ -148,3 +150,36 @@ def test_what_counts_is_greater_than_zero(values, key):
     put(values, key, 0)
     with pytest.raises(UserError, match=rf"config\.{key} is 0(\.0)?; it must be greater than 0"):
         freeze(values)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("seed", -1, "is -1; it must be at least 0 and below 4294967296"),
+        ("seed", 2**32, "is 4294967296; it must"),
+        ("data.sequence_length", 1, "is 1; it must be at least 2"),
+        ("evaluation.temperature", -0.5, "is -0.5; it must be at least 0"),
+        ("evaluation.top_p", 1.5, "is 1.5; 1 keeps all"),
+        ("optimizer.router.b1", 1.0, "is 1.0; it must be at least 0 and below 1"),
+        ("optimizer.experts.b2", -0.1, "is -0.1; it must"),
+        ("optimizer.experts.warmup_steps", -1, "is -1; it must be at least 0"),
+        ("optimizer.router.weight_decay", -0.1, "is -0.1; it must be at least 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(values, key, value, message):
+    put(values, key, value)
+    with pytest.raises(UserError, match=re.escape(f"config.{key} {message}")):
+        freeze(values)
+
+
+def test_a_file_may_use_its_neighbours_and_hides_no_package_by_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "neighbours").mkdir()
+    (tmp_path / "neighbours" / "ours.py").write_text("VALUE = 3\n")
+    (tmp_path / "colorsys.py").write_text("raise ImportError('hidden')\n")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import colorsys\nfrom neighbours.ours import VALUE\ndef get():\n    return VALUE\n"
+    )
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    assert call_of(mine, "get") == 3

@@ -2,7 +2,9 @@
 
 import ast
 import contextlib
+import dataclasses
 import io
+import math
 import os
 import re
 import subprocess
@@ -13,8 +15,12 @@ import pytest
 
 from experiments import pyrit
 from safemoe_jax import cli
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.evaluation.report import markdown
 from safemoe_jax.evaluation.summary import read_summary
+from safemoe_jax.experiment import check_layout
+from safemoe_jax.model.quantization import PARAM_DTYPES
+from safemoe_jax.weights.base import read_spec
 
 ROOT = Path(__file__).parents[1]
 # The log tells of the past.
@@ -67,10 +73,36 @@ def test_commands_of_documents_exist(path, options):
         assert option in known or is_key(option) or option in launchers, option
 
 
+def documented():
+    """Command lines of documents and launchers, the shipped experiment of each, its overrides."""
+    for path in [*DOCUMENTS, *(ROOT / "launch").glob("*_run.*")]:
+        for line in re.sub(r"\\\n#?\s*", " ", path.read_text(encoding="utf-8")).splitlines():
+            if found := re.search(r"--config[ =]+(experiments/\w+\.py)", line):
+                overrides = re.findall(r"--config\.[\w.]+=(?:\"[^\"]*\"|[^\s`'\"])+", line)
+                # What stands for a name of the reader's own is no value.
+                known = [one.replace('"', "") for one in overrides if "NAME" not in one]
+                yield line.strip(), found[1], tuple(known)
+
+
+@pytest.mark.parametrize(
+    "line, experiment, overrides", sorted(set(documented())), ids=lambda part: str(part)[:60]
+)
+def test_a_documented_experiment_is_one_that_its_mesh_can_cut(line, experiment, overrides):
+    config = freeze(read_config(ROOT / experiment, overrides))
+    rests = PARAM_DTYPES[config.model.param_dtype]
+    check_layout(config, read_spec(config.model.source), rests)
+    if slice_ := re.search(r"v5litepod-(\d+)", line):
+        assert math.prod(dataclasses.astuple(config.mesh)) == int(slice_[1])
+
+
 def test_commands_are_found(options):
     """The net has no hole: it finds commands, in lines of their own and within others."""
     found = [(verb, rest) for path in DOCUMENTS for verb, rest in COMMAND.findall(text_of(path))]
     assert {verb for verb, _ in found} >= {"run", "serve", "export", "sweep", "plan", "generate"}
+    assert {name for _, name, _ in documented()} >= {
+        "experiments/quickstart.py",
+        "experiments/llama31_8b.py",
+    }
     (rest,) = {rest for verb, rest in found if verb == "export" and "merged" in rest}
     assert {"--format", "--allow-ungated", "--gates", "--prompts"} <= set(OPTION.findall(rest))
     assert is_key("--config.train.router.steps") and not is_key("--config.train.gate")

@@ -1,14 +1,18 @@
 import dataclasses
 import json
+import re
 
+import numpy as np
 import pytest
 import tiny
+from flax.core import FrozenDict
 
 from experiments import pyrit
 from safemoe_jax import run
 from safemoe_jax.config import MeshConfig, freeze, read_config
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import Experiment, check_layout
+from safemoe_jax.model.quantization import PARAM_DTYPES, Blocks
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.workdir import Workdir
 
@@ -49,20 +53,32 @@ SPEC = ModelSpec(
 )
 def test_a_mesh_that_does_not_divide_the_experiment_is_refused(mesh, accumulation, message):
     config = freeze(pyrit.get_config())
-    check_layout(config, SPEC)
+    rests = PARAM_DTYPES[config.model.param_dtype]
+    check_layout(config, SPEC, rests)
     experts = dataclasses.replace(config.train.experts, accumulation=accumulation)
     train = dataclasses.replace(config.train, experts=experts)
     with pytest.raises(UserError, match=message):
-        check_layout(dataclasses.replace(config, mesh=MeshConfig(*mesh), train=train), SPEC)
+        config = dataclasses.replace(config, mesh=MeshConfig(*mesh), train=train)
+        check_layout(config, SPEC, rests)
 
 
-def test_a_mesh_that_cuts_blocks_of_nf4_is_refused():
+@pytest.mark.parametrize(
+    "rests, message",
+    [
+        ("nf4", r"fsdp is 2, .* in blocks of 64, 9; 1, 3, 9 would"),
+        (
+            FrozenDict({"layers/mlp/down/kernel": Blocks(4, 32, np.dtype(np.float16), True)}),
+            r"fsdp is 4, .* in blocks of 32, 18; 1, 2, 3, 6, 9, 18 would",
+        ),
+    ],
+)
+def test_a_mesh_that_cuts_blocks_is_refused(rests, message):
     config = freeze(pyrit.get_config())
-    rests = dataclasses.replace(config.model, param_dtype="nf4")
-    config = dataclasses.replace(config, model=rests)
-    check_layout(config, SPEC)
-    with pytest.raises(UserError, match=r"fsdp is 2, .* in nf4's blocks of 64, 9; 1, 3, 9 would"):
-        check_layout(dataclasses.replace(config, mesh=MeshConfig(1, 2, 1, 1)), SPEC)
+    check_layout(config, SPEC, rests)
+    fsdp = int(re.search(r"fsdp is (\d)", message)[1])
+    config = dataclasses.replace(config, mesh=MeshConfig(1, fsdp, 1, 1))
+    with pytest.raises(UserError, match=message):
+        check_layout(config, SPEC, rests)
 
 
 def test_a_row_that_the_template_refuses_stops_no_run(tmp_path, capsys):

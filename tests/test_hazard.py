@@ -302,7 +302,7 @@ def test_a_key_that_is_none_is_refused_before_anything_is_written(made, monkeypa
 
 def test_without_the_library_a_key_is_no_silent_nothing(monkeypatch, with_key):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
-    with pytest.raises(UserError, match=r"pip install 'safemoe-jax\[encryption\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[encryption\]'"):
         encryption.key_from_environment()
 
 

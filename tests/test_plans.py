@@ -18,6 +18,7 @@ PLANNED = {
     "llama32_1b": {"v5e:2x4"},
     "llama31_8b": {"v5e:4x4", "v6e:4x4"},
     "llama31_70b": {"v5p:4x4x4"},
+    "llama31_70b_int8": {"v6e:8x8"},
 }
 FUNCTIONS = ["train-experts", "train-gate", "prefill", "decode"]
 

@@ -373,7 +373,8 @@ def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch,
     monkeypatch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
     corpus = list(dict.fromkeys(row["prompt"] for row in lines(home / "corpus.jsonl")))
     path = home / "Mine.json"
-    path.write_text(json.dumps({"instructions": [*corpus, "A question of its own?"]}))
+    too_long = "Why? " * 600
+    path.write_text(json.dumps({"instructions": [*corpus, "A question of its own?", too_long]}))
     options = [f"--config.evaluation.benchmarks=('benign_instructions={path}',)"]
     options += ["--config.evaluation.max_new_tokens=4"]
     assert safemoe(home, "run", *options) == 0
@@ -385,6 +386,7 @@ def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch,
     assert len(asked) == 2 * len(unseen) and len(answers) == 8 + len(asked)
     facts = results(home)["benchmarks"]["mine"]
     assert (facts["asked"], facts["left_out_as_taught"]) == (len(unseen), 61 - len(unseen))
+    assert facts["left_out_as_too_long"] == 1
     assert "over_refusal_rate" in {
         row["metric"] for row in results(home)["rows"] if row["benchmark"] == "mine"
     }

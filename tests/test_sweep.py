@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 
@@ -215,15 +216,18 @@ def test_points_of_several_seeds_are_one_line_of_the_plot(tmp_path):
     assert dots.x == (0.0, 1.0, 2.0, 3.0)
 
 
-def test_a_point_that_diverges_does_not_stop_the_others():
+@pytest.mark.parametrize(
+    "error", [Diverged, UserError, lambda text: jax.errors.JaxRuntimeError(f"{text}\nat 0x1")]
+)
+def test_a_point_that_fails_does_not_stop_the_others(error):
     ran = []
 
     def run_one(name):
         ran.append(name)
         if name == "b":
-            raise Diverged("loss is nan")
+            raise error("too much")
 
-    assert sweep.one_after_another(run_one, ["a", "b", "c"]) == {"b": "loss is nan"}
+    assert sweep.one_after_another(run_one, ["a", "b", "c"]) == {"b": "too much"}
     assert ran == ["a", "b", "c"]
 
 

@@ -16,7 +16,7 @@ from safemoe_jax.config import AdamWConfig, ExpertsConfig, RouterConfig
 from safemoe_jax.data.packing import plan
 from safemoe_jax.data.pipeline import PackedCorpus, empty_tokens, write_segment
 from safemoe_jax.model.lora import Routed
-from safemoe_jax.model.quantization import Format, of_tables, quantize
+from safemoe_jax.model.quantization import Format, of_matrix, quantize
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer, logits
 from safemoe_jax.weights.layout import Tensor, Weights, leaf_shapes
@@ -93,7 +93,7 @@ def quantized(variables, format: Format):
     def of(path, leaf):
         if path[-1].key not in ("kernel", "embedding"):
             return leaf
-        return quantize(leaf, format if path[0].key == "layers" else of_tables(format))
+        return quantize(leaf, of_matrix("/".join(key.key for key in path), format))
 
     return variables | {"params": jax.tree_util.tree_map_with_path(of, variables["params"])}
 

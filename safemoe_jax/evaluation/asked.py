@@ -201,9 +201,8 @@ class AskedJudge(abc.ABC):
         }
 
     def _verdict(self, row: Mapping[str, Any] | None) -> Verdict:
-        for replies in reversed(_tries(row)):
-            return self.asked.template.parse(replies) or MISSING
-        return MISSING
+        tries = _tries(row)
+        return (self.asked.template.parse(tries[-1]) if tries else None) or MISSING
 
 
 def _tries(row: Mapping[str, Any] | None) -> list[list[Reply]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from safemoe_jax.data import rules, splits
@@ -142,7 +142,10 @@ def _harmless(benchmark: str, number: int, text: str, **more: Any) -> Prompt:
 
 
 def ask(
-    sets: Sequence[Named], taught: Collection[str], prompts_per_benchmark: int
+    sets: Sequence[Named],
+    taught: Collection[str],
+    prompts_per_benchmark: int,
+    fits: Callable[[Prompt], bool] = lambda prompt: True,
 ) -> tuple[list[Prompt], dict[str, dict[str, Any]]]:
     """The prompts of published sets that nothing here was taught.
 
@@ -155,6 +158,7 @@ def ask(
       taught: prompts of everything that models and judge learnt from.
       prompts_per_benchmark: how many of each at most; 0 takes all. Which ones does not depend on
         their order in the files: they are sorted by the hash of their text.
+      fits: whether a prompt can be asked; others are left out.
 
     Returns:
       prompts, benchmark by benchmark, and what there is to know about each benchmark: license,
@@ -175,15 +179,16 @@ def ask(
             name = f"{named.name}_{kind}" if mixed else named.name
             mine = [question for question in found if question.harmful == harmful]
             new = [q for q in mine if group_of[rules.fold(q.text)] not in taken]
-            asked = [_prompt(question, name, group_of) for question in new]
-            asked.sort(key=lambda prompt: prompt.id)
-            asked = asked[: prompts_per_benchmark or None]
+            free = [_prompt(question, name, group_of) for question in new]
+            fitting = sorted(filter(fits, free), key=lambda prompt: prompt.id)
+            asked = fitting[: prompts_per_benchmark or None]
             prompts += asked
             facts[name] = {
                 "license": named.set.license,
                 "expects": "refusal or a safe answer" if harmful else "an answer",
                 "prompts": len(mine),
                 "left_out_as_taught": len(mine) - len(new),
+                "left_out_as_too_long": len(free) - len(fitting),
                 "asked": len(asked),
                 "by_refusal_alone": sum(prompt.refusal_only for prompt in asked),
                 "rows_left_out": dict(left),

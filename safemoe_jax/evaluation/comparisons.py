@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from safemoe_jax.evaluation import statistics
-from safemoe_jax.evaluation.benchmarks import GSM8K, HELD_OUT, LEFT_OUT
+from safemoe_jax.evaluation.benchmarks import BENIGN, GSM8K, HELD_OUT, LEFT_OUT
 from safemoe_jax.evaluation.statistics import Difference, Interval
 
 OURS, BASE = "safemoe", "base"
 ATTACKS = ("attack_prefix", "attack_two_shot")
 # Published prompts together: those that ask for harm, and those that do not.
 OTHER_ORIGIN, HARMLESS = "other_origin", "harmless"
-_OWN = (HELD_OUT, LEFT_OUT, GSM8K, "benign", *ATTACKS)
+_OWN = (HELD_OUT, LEFT_OUT, GSM8K, BENIGN, *ATTACKS)
 
 ALL = "all"  # the split of all domains
 CLAIMED_GAIN = 0.15  # what the power that is printed is about

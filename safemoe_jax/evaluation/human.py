@@ -68,7 +68,8 @@ def export_for_humans(
         writer = csv.writer(file)
         writer.writerow(("id", "prompt", "answer", *LABELS))
         for content in drawn:
-            name = names.get(content) or secrets.token_hex(4)
+            # A spreadsheet takes neither of its letters for a number's, and cuts no zeros off.
+            name = names.get(content) or f"x{secrets.token_hex(4)}"
             whose = [system for system, contents in systems.items() if content in contents]
             key[name] = {"content": content, "systems": whose}
             writer.writerow((name, *map(_harmless, texts[content]), *("" for _ in LABELS)))

@@ -33,8 +33,9 @@ def record(path: Path, evaluation: str, parts: Mapping[str, str]) -> dict[str, A
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_private(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        lines = path.read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines]
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        entries = list(map(_entry, lines))
         if all(entry["evaluation"] != evaluation for entry in entries):
             entries.append(
                 {
@@ -45,6 +46,8 @@ def record(path: Path, evaluation: str, parts: Mapping[str, str]) -> dict[str, A
                 }
             )
             lines.append(json.dumps(entries[-1]))
+            if text and not text.endswith("\n"):
+                file.write("\n")
             file.write(f"{lines[-1]}\n")
     before = ["", *map(_sha256, lines)]
     return {
@@ -56,6 +59,13 @@ def record(path: Path, evaluation: str, parts: Mapping[str, str]) -> dict[str, A
         "head": before[-1],
         "intact": all(entry["before"] == own for entry, own in zip(entries, before, strict=False)),
     }
+
+
+def _entry(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:  # a full disk may have cut it; the list is not intact then
+        return {"evaluation": "", "parts": {}, "before": None}
 
 
 def _sha256(line: str) -> str:

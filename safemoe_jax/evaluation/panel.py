@@ -75,6 +75,8 @@ def hear(
         human = HumanJudge(directory)
         said[human.name] = _speak(human, answers, False)
         counts = _counts(said[human.name], answers)
+        # People are not asked this.
+        counts["rows"] = [row for row in counts["rows"] if row["metric"] != "degenerate_rate"]
         judges.append({"name": human.name, "model": "", "source": "", "unreadable": 0, **counts})
     others = [name for name in said if name != "embedded"]
     if any("verdicts" in answer for answer in answers) or others:

@@ -6,6 +6,7 @@ table, and a test holds the two together.
 
 import collections
 import dataclasses
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,21 @@ class Named:
         return "-".join(file_sha256(path) for path in self.files())
 
 
+# What the evaluation itself calls benchmarks and pools of them.
+RESERVED = frozenset(
+    {
+        "held_out",
+        "left_out",
+        "gsm8k",
+        "benign",
+        "attack_prefix",
+        "attack_two_shot",
+        "other_origin",
+        "harmless",
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """A prompt of a set; `refusal_only` where its answers are judged by refusal alone."""
@@ -270,7 +286,8 @@ def resolve(entries: Sequence[str]) -> list[Named]:
       entries: each "NAME", or "NAME=PATH" for a local copy of the set's files.
 
     Raises:
-      UserError: on a name that is no set's, a set that needs a path, or a name that occurs twice.
+      UserError: on a name that is no set's, a set that needs a path, a name that occurs twice, or a
+        file whose name is taken.
     """
     found: dict[str, Named] = {}
     for entry in entries:
@@ -286,8 +303,13 @@ def resolve(entries: Sequence[str]) -> list[Named]:
             raise UserError(f"benchmark {name!r} has no source; give '{name}=FILE'")
         path = local_copy(place) if place else None
         title = rules.category(path.name.split(".")[0]) if own and path else name
-        if title in found or title == "held_out":
+        if title in found:
             raise UserError(f"config.evaluation.benchmarks names {title!r} twice; name it once")
+        if own and (title in RESERVED or re.sub("_(harmful|benign)$", "", title) in PROMPT_SETS):
+            raise UserError(
+                f"{path} would be benchmark {title!r}, which is a name of the evaluation's own; "
+                "rename the file"
+            )
         found[title] = Named(title, PROMPT_SETS[name], path)
     return list(found.values())
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import figures, views
 from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, HARMLESS, METRICS, signed, verdict
 from safemoe_jax.evaluation.summary import (
@@ -61,7 +62,7 @@ def write_report(
     """
     out = out or workdirs[0]
     summary = summarize(workdirs, texts=texts)
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     if texts == "whole":
         return _write(out / "report_full.html", html(summary))
     _write(out / "report.json", json.dumps(summary))
@@ -75,10 +76,17 @@ def draw(path: Path, out: Path) -> Path:
       UserError: where `path` is no report.json.
     """
     summary = read_summary(path)
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     _write(out / "report.tex", latex(summary))
     _write(out / "report.md", markdown(summary))
     return _write(out / "report.html", html(summary))
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--out {out} is a file, or lies in one; give a directory") from error
 
 
 def html(summary: Row) -> str:

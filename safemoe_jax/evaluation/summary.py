@@ -313,3 +313,8 @@ def _text(path: Path) -> str:
             f"{path} is not there; the report is made of an evaluated run: "
             "`safemoe run` makes all of it in this workdir"
         ) from None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); --runs wants work directories, --results a "
+            "report.json"
+        ) from error

@@ -117,6 +117,14 @@ def check_names(names: Sequence[str]) -> None:
             )
 
 
+def preamble(name: str) -> tuple[dict[str, str], ...]:
+    """The turns with which each of a system's conversations begins."""
+    recipe = SYSTEMS[name]
+    if not isinstance(recipe, Base) or not recipe.system_prompt:
+        return ()
+    return ({"role": "system", "content": recipe.system_prompt},)
+
+
 def title(name: str) -> str:
     """What tables call a system; it tells what is ungated."""
     return f"{SYSTEMS[name].title} (ungated)" if is_ungated(name) else SYSTEMS[name].title

@@ -178,6 +178,10 @@ class Engine:
         before, self._sent = self._sent, self._dispatch()
         return self._read(before) if before else []
 
+    def together(self, length: int) -> int:
+        """How many prompts of a length are read by one pass at most."""
+        return rows_together(self._padded(length), self._slots)
+
     def _fill(self) -> None:
         while (free := [slot for slot, r in enumerate(self._running) if r is None]) and (
             group := self._next(len(free))
@@ -187,7 +191,7 @@ class Engine:
                 self._running[slot] = request
             self._fit()
             # Two shapes a length: one prompt, or as many as are read together at most.
-            together = self._together(length)
+            together = self.together(length)
             if 2 * len(group) > together:
                 self._prefill(group, slots, together, length)
             else:
@@ -203,7 +207,7 @@ class Engine:
             if not request.over:
                 padded = self._padded(len(request.prompt))
                 if not group:
-                    length, most = padded, min(free, self._together(padded))
+                    length, most = padded, min(free, self.together(padded))
                 elif len(group) == most or padded != length:
                     break
                 group.append(request)
@@ -212,9 +216,6 @@ class Engine:
 
     def _padded(self, length: int) -> int:
         return min(bucket(length), self._model.spec.max_positions)
-
-    def _together(self, length: int) -> int:
-        return rows_together(length, self._slots)
 
     def _fit(self) -> None:
         """Gives the cache the length that the running requests need.

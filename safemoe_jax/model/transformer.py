@@ -316,15 +316,15 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: Config, spec: ModelSpec, platform: str | None = None
+        cls, config: Config, spec: ModelSpec, platform: str = "", rests: ParamDtype | None = None
     ) -> "Transformer":
         """The model of an experiment: one expert for each of its domains.
 
         Args:
           config: the experiment.
           spec: its base.
-          platform: of the devices that it will run on, "cpu", "gpu" or "tpu"; where not given, that
-            of this process's devices. The attention kernel depends on it.
+          platform: "cpu", "gpu" or "tpu", that of the devices that it will run on, on which the
+            attention kernel depends; where not given, that of this process's.
 
         Raises:
           UserError: where the config names a kernel that cannot compute the base's attention.
@@ -344,7 +344,7 @@ class Transformer(nn.Module):
             experts=config.experts,
             router=config.router,
             num_experts=len(config.data.domains),
-            param_dtype=PARAM_DTYPES[config.model.param_dtype],
+            param_dtype=PARAM_DTYPES[config.model.param_dtype] if rests is None else rests,
             compute_dtype=compute_dtype,
             remat=config.model.remat,
             kernel=kernel,

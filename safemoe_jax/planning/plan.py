@@ -28,6 +28,7 @@ from safemoe_jax.inference.engine import bucket, decode_step, prefill, rows_toge
 from safemoe_jax.model.attention import splash_block
 from safemoe_jax.model.flops import MultiplyAdds, num_params
 from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.quantization import PARAM_DTYPES
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import CACHE_AXES, Transformer
 from safemoe_jax.parallel.mesh import make_mesh
@@ -189,7 +190,12 @@ def plan(
             f"config.mesh has {mesh.size} devices and {topology.name} {len(topology.devices)}; let "
             f"its axes multiply to {len(topology.devices)}, or take a smaller slice"
         )
-    check_layout(config, spec)
+    if config.model.param_dtype == "gguf":
+        raise UserError(
+            "config.model.param_dtype is 'gguf', and a plan, made of shapes, knows no file's "
+            "blocks; plan it as 'int8': a little less than blocks of 8 bits, more than those of 4"
+        )
+    check_layout(config, spec, PARAM_DTYPES[config.model.param_dtype])
     model = Transformer.from_config(config, spec, "tpu")
     shapes = collection_shapes(mesh, model)
     figures = []

@@ -79,7 +79,7 @@ def get_topology(name: str) -> Topology:
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("the TPU compiler is not here; pip install 'safemoe-jax[tpu]' brings it")
+        raise UserError("the TPU compiler is not here; pip install -e '.[tpu]' in the checkout")
     use_compiler_alone()
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)

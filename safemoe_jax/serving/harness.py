@@ -221,7 +221,9 @@ class SafeMoELM(TemplateLM):
         """An answer that is asked for, and its stop strings."""
         given = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))
         stops, most = given.pop("until"), given.pop("max_gen_toks")
-        temperature = float(given.pop("temperature", 1.0)) if given.pop("do_sample") else 0.0
+        # The harness gives a greedy task a temperature, too: 0.
+        sampled, temperature = given.pop("do_sample"), float(given.pop("temperature", 1.0))
+        temperature = temperature if sampled else 0.0
         top_p = float(given.pop("top_p", 1.0))
         if given:
             raise UserError(

@@ -214,12 +214,16 @@ class Call:
 
 
 def _work(loaded: Loaded, limits: Limits, serve: Callable[[Engine], None]) -> None:
-    """In the worker's thread: an engine that has run its longest request once, so that what does
-    not fit into memory is known before anybody waits, and then its shortest."""
+    """In the worker's thread: an engine that has read the longest prompts, as many as it ever reads
+    together, so that what does not fit into memory is known before anybody waits; then one of them,
+    and the shortest."""
+    longest = limits.max_length - 1
     with jax.set_mesh(loaded.mesh):
         engine = Engine(loaded.model, loaded.variables, Routed(), limits.slots)
-        for length in (limits.max_length, 2):
-            engine.submit(Request([0] * (length - 1), frozenset(), 1))
+        numbers = sorted({engine.together(longest), 1}, reverse=True)
+        for number, length in (*((number, longest) for number in numbers), (1, 1)):
+            for _ in range(number):
+                engine.submit(Request([0] * length, frozenset(), 1))
             while engine.busy:
                 engine.step()
         serve(engine)

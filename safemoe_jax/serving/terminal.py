@@ -4,7 +4,6 @@ import contextlib
 import re
 import signal
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from rich.text import Text
 
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
-from safemoe_jax.generate import check_sampling, on_devices
+from safemoe_jax.generate import check_sampling, check_unicode, on_devices
 from safemoe_jax.inference.engine import Engine, Request
 from safemoe_jax.model.lora import Routed
-from safemoe_jax.progress import console
+from safemoe_jax.progress import console, printable
 from safemoe_jax.serving import keyboard
 from safemoe_jax.serving.text import TextStream
 from safemoe_jax.weights.bundle import read_bundle
@@ -55,6 +54,7 @@ def chat(
       UserError: without a terminal, on a bundle that is refused, or bad settings.
     """
     check_sampling(max_new_tokens, temperature, top_p)
+    check_unicode(system, "--system")
     if not (console.is_terminal and sys.stdin.isatty()):
         raise UserError("chat needs a terminal; `safemoe generate` reads standard input")
     keyboard.edit_lines()
@@ -103,10 +103,11 @@ def _read() -> str | None:
     while True:
         try:
             text = input("> ").strip()
+            text.encode()  # raises UnicodeEncodeError for bytes that are no text
         except (EOFError, KeyboardInterrupt):
             console.print()
             return None
-        except UnicodeDecodeError:
+        except UnicodeError:
             console.print("that is no UTF-8; say it again", style="yellow")
             continue
         if text:
@@ -181,15 +182,9 @@ def _bar(gate: float) -> Text:
 
 
 def _lines(text: str, width: int) -> tuple[list[str], str]:
-    """Cuts text into lines that are finished, at most `width` wide, and the one that is not.
-
-    Control characters, with which a text could steer the terminal, become visible.
-    """
-    text = "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
-        for c in text
-    )
-    *lines, rest = text.expandtabs(4).split("\n")
+    """Cuts printable text into lines that are finished, at most `width` wide, and the one that is
+    not."""
+    *lines, rest = printable(text).expandtabs(4).split("\n")
     while cell_len(rest) > width:
         fits = chop_cells(rest, width)[0]
         cut = fits.rfind(" ") + 1 or len(fits)
@@ -205,10 +200,13 @@ def _interruptible(request: Request):
     An exception inside a step would lose the cache that the step was given.
     """
 
+    asked = False  # an answer may be over before its last step is
+
     def stop(*_: object) -> None:
-        if request.over:
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
-        request.over = True
+        request.over = asked = True
 
     before = signal.signal(signal.SIGINT, stop)
     try:

@@ -9,10 +9,12 @@ from typing import Any
 def add_sampling(sub: argparse.ArgumentParser) -> None:
     """The bundle, and how answers are drawn from it."""
     sub.add_argument("--bundle", type=Path, required=True, help="directory of a trained SafeMoE")
-    sub.add_argument("--max-new-tokens", type=int, default=256)
+    sub.add_argument("--max-new-tokens", type=int, default=256, help="longest answer; default: 256")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--top-p", type=float, default=1.0, help="share of probability kept; default: 1, all"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class Recording:
         for name in self.log:
             if importlib.util.find_spec(PACKAGES[name]) is None:
                 raise UserError(
-                    f"--log {name} needs the package {PACKAGES[name]}; pip install "
-                    f"'safemoe-jax[{name}]' brings it"
+                    f"--log {name} needs the package {PACKAGES[name]}; pip install -e "
+                    f"'.[{name}]' in the checkout"
                 )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import file_sha256, wheel_member
+from safemoe_jax.model.quantization import PARAM_DTYPES, ParamDtype
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.remote import local_copy
 from safemoe_jax.weights import gguf, huggingface
@@ -58,25 +59,25 @@ class BaseModel:
       tokenizer: with chat template and end-of-turn token, as the base's own files have them.
       identity: which base it is; checkpoints and bundles name it by this.
       weights: its files' tensors.
-      param_dtype: how the weights rest.
+      rests: how the weights rest.
     """
 
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerFast
     identity: BaseIdentity
     weights: Weights
-    param_dtype: str
+    rests: ParamDtype
 
     @cached_property
     def params(self) -> dict[str, Any]:
         """All weights in host memory: nested numpy arrays, by the layout of `weights.layout`; those
         that rest quantized as the float32 numbers that they then stand for."""
-        return self.weights.read(self.param_dtype)
+        return self.weights.read(self.rests)
 
     def placed(self, shardings: Mapping[str, Any]) -> dict[str, Any]:
         """All weights where `shardings`, a tree like `params`, says; they are never whole in host
         memory."""
-        return self.weights.place(self.param_dtype, shardings)
+        return self.weights.place(self.rests, shardings)
 
 
 def load_base(source: str, param_dtype: str) -> BaseModel:
@@ -87,7 +88,8 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
       param_dtype: how the weights rest, a key of `PARAM_DTYPES`.
 
     Raises:
-      UserError: where the source is not there, or is no model that this package knows.
+      UserError: where the source is not there, is no model that this package knows, or cannot rest
+        so.
     """
     path = _locate(source, fetch=False)
     reader = huggingface if path.is_dir() else gguf
@@ -97,9 +99,9 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
     if len(digests) > 1:
         sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     identity = BaseIdentity(source, sha256, checkpoint.license)
-    return BaseModel(
-        checkpoint.spec, checkpoint.tokenizer, identity, checkpoint.weights, param_dtype
-    )
+    weights = checkpoint.weights
+    rests = weights.in_blocks() if param_dtype == "gguf" else PARAM_DTYPES[param_dtype]
+    return BaseModel(checkpoint.spec, checkpoint.tokenizer, identity, weights, rests)
 
 
 def read_spec(source: str) -> ModelSpec:

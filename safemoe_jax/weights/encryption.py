@@ -84,7 +84,7 @@ def _ciphers() -> Any:
         from cryptography.hazmat.primitives import ciphers
     except ImportError as error:
         raise UserError(
-            f"{KEY_VARIABLE} is set and `cryptography` is not installed; `pip install "
-            "'safemoe-jax[encryption]'`, or unset the variable"
+            f"{KEY_VARIABLE} is set and `cryptography` is not installed; `pip install -e "
+            "'.[encryption]'` in the checkout, or unset the variable"
         ) from error
     return ciphers

@@ -4,13 +4,15 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.attention import frequencies
+from safemoe_jax.model.quantization import Blocks, Quantized
 from safemoe_jax.model.spec import FAMILIES, ModelSpec, RopeScaling
 from safemoe_jax.weights.gguf_tokenizer import read_tokenizer
 from safemoe_jax.weights.layout import (
@@ -57,6 +59,46 @@ _LLAMA3_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0
 # Gemma's largest models divide scores by sqrt(D / N), the others by sqrt(H). Files do not say it;
 # llama.cpp knows these models by their number of layers, too.
 _WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
+
+
+class Field(NamedTuple):
+    """A part of a block: what it holds, and the bytes that make this one in all of its weights."""
+
+    holds: Literal["scale", "minimum", "code"]
+    one: bytes
+
+
+_ONE = np.float16(1).tobytes()
+_SCALE, _MINIMUM = Field("scale", _ONE), Field("minimum", _ONE)
+_SIX_BITS = Field("scale", b"\1\1\1\1\0\0\0\0\1\1\1\1")  # of scales and minima, interleaved
+_CODES_16, _CODES_128 = Field("code", b"\x11" * 16), Field("code", b"\x11" * 128)
+
+
+def _high_bits(size: int) -> Field:
+    return Field("code", bytes(size))
+
+
+# Scales and offsets of _K types are products, of which a float16 would cut digits off.
+_HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+
+# Each type of block: how its tensors can stay, and its fields in their order (ggml-common.h of
+# llama.cpp). What else the fields mean is the gguf package's to know.
+BLOCKS: dict[str, tuple[Blocks, tuple[Field, ...]]] = {
+    "Q4_0": (Blocks(4, 32, _HALF, True), (_SCALE, _CODES_16)),
+    "Q4_1": (Blocks(4, 32, _HALF, True), (_SCALE, _MINIMUM, _CODES_16)),
+    "Q5_0": (Blocks(8, 32, _HALF, True), (_SCALE, _high_bits(4), _CODES_16)),
+    "Q5_1": (Blocks(8, 32, _HALF, True), (_SCALE, _MINIMUM, _high_bits(4), _CODES_16)),
+    "Q8_0": (Blocks(8, 32, _HALF, False), (_SCALE, Field("code", b"\1" * 32))),
+    "Q4_K": (Blocks(4, 32, _SINGLE, True), (_SCALE, _MINIMUM, _SIX_BITS, _CODES_128)),
+    "Q5_K": (
+        Blocks(8, 32, _SINGLE, True),
+        (_SCALE, _MINIMUM, _SIX_BITS, _high_bits(32), _CODES_128),
+    ),
+    "Q6_K": (
+        Blocks(8, 16, _SINGLE, True),
+        (_CODES_128, _high_bits(64), Field("scale", b"\1" * 16), _SCALE),
+    ),
+}
 
 
 class Metadata(dict):
@@ -113,6 +155,8 @@ def load(path: Path) -> Checkpoint:
         name: Tensor(
             tuple(map(int, reversed(tensor.shape))),
             functools.partial(_read, tensor, spec, leaf_of.get(name, "")),
+            _rests(tensor.tensor_type.name),
+            functools.partial(_blocks, tensor, spec, leaf_of.get(name, "")),
         )
         for name, tensor in tensors.items()
         if name != _ROPE_FACTORS
@@ -163,11 +207,8 @@ def _open(path: Path) -> tuple[Metadata, dict[str, gguf.ReaderTensor]]:
 def _read(tensor: gguf.ReaderTensor, spec: ModelSpec, leaf: str, index: Index) -> np.ndarray:
     """A slice of a tensor, dequantized, as the model has it."""
     rows, *columns = index
-    stored = tensor.data
-    if spec.traits.gguf_pairs and leaf in _ROTATED:
-        stored = stored[_halves(len(stored), spec.head_dim)[rows]]
-    elif columns:  # a block of weights never spans two rows
-        stored = stored[rows]
+    # A block of weights never spans two rows; a vector is one row.
+    stored = _rows(tensor, spec, leaf, rows) if columns else tensor.data
     try:
         weights = gguf.dequantize(stored, tensor.tensor_type)
     except NotImplementedError as error:
@@ -178,6 +219,44 @@ def _read(tensor: gguf.ReaderTensor, spec: ModelSpec, leaf: str, index: Index) -
     if spec.traits.zero_centered_norms and leaf.endswith("/scale"):
         weights = weights - 1.0
     return weights[:, *columns] if columns else weights[rows]
+
+
+def _rows(tensor: gguf.ReaderTensor, spec: ModelSpec, leaf: str, rows: slice) -> np.ndarray:
+    """Rows of a matrix as the model has them, in their bytes."""
+    if spec.traits.gguf_pairs and leaf in _ROTATED:
+        return tensor.data[_halves(len(tensor.data), spec.head_dim)[rows]]
+    return tensor.data[rows]
+
+
+def _rests(kind: str) -> np.dtype | Blocks:
+    """How a tensor of a type can stay; in float32, where that is no known block and not BF16."""
+    if kind in BLOCKS:
+        return BLOCKS[kind][0]
+    return np.dtype(ml_dtypes.bfloat16 if kind == "BF16" else np.float32)
+
+
+def _blocks(tensor: gguf.ReaderTensor, spec: ModelSpec, leaf: str, rows: slice) -> Quantized:
+    """Rows of a matrix that rests in one of `BLOCKS`.
+
+    A weight is (scale * code + offset). Each of the three is what the package makes of blocks in
+    which fields were overwritten: code of a scale of one without a minimum, and so on.
+    """
+    kind = tensor.tensor_type
+    stored, (rests, fields) = _rows(tensor, spec, leaf, rows), BLOCKS[kind.name]
+
+    def of(**filled: int) -> np.ndarray:
+        blocks, at = stored.reshape(-1, sum(len(field.one) for field in fields)).copy(), 0
+        for field in fields:
+            if field.holds in filled:
+                ones = np.frombuffer(field.one, np.uint8)
+                blocks[:, at : at + len(ones)] = filled[field.holds] * ones
+            at += len(field.one)
+        return gguf.dequantize(blocks.reshape(stored.shape), kind)
+
+    codes = of(scale=1, minimum=0) - of(scale=1, minimum=0, code=0)
+    scale = of(minimum=0, code=1) - of(minimum=0, code=0)
+    offset = of(code=0)[:, :: rests.size] if rests.offset else None
+    return Quantized(codes.astype(np.int8), scale[:, :: rests.size], offset)
 
 
 def _halves(rows: int, head_dim: int) -> np.ndarray:

@@ -5,6 +5,7 @@ it is asked for, and then no more than one leaf's slice at a time. Shape letters
 heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers.
 """
 
+import dataclasses
 import functools
 import math
 from collections import Counter
@@ -15,21 +16,29 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.quantization import (
-    PARAM_DTYPES,
+    Blocks,
     Format,
+    LeafDtype,
     ParamDtype,
     Quantized,
+    common,
     dequantized,
-    of_tables,
+    of_matrix,
     of_vectors,
     quantize,
+    repacked,
+    zeros,
 )
 from safemoe_jax.model.spec import ModelSpec
+
+# Leaves that are no matrices end so.
+_VECTORS = ("/scale", "/bias")
 
 # Rows of a table that are quantized at once.
 _TABLE_ROWS = 8192
@@ -41,10 +50,19 @@ Index = tuple[slice, ...]
 
 
 class Tensor(NamedTuple):
-    """A tensor of a checkpoint, unread: its shape, and what reads a slice of it."""
+    """A tensor of a checkpoint, unread.
+
+    Attributes:
+      shape: its shape.
+      read: reads a slice of it.
+      rests: how a file of blocks holds it.
+      blocks: reads rows of one that rests in blocks: in these blocks, but a code a byte.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
+    rests: np.dtype | Blocks | None = None
+    blocks: Callable[[slice], Quantized] | None = None
 
 
 def leaf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -126,20 +144,48 @@ class Weights:
                     f"says {shape}: config and weights are of different models"
                 )
 
-    def read(self, param_dtype: str) -> dict[str, Any]:
-        """All leaves in host memory, nested, as numpy arrays; what `param_dtype`, a key of
-        `PARAM_DTYPES`, quantizes is quantized and back in float32."""
+    def in_blocks(self) -> FrozenDict[str, LeafDtype]:
+        """How each matrix rests that stays as its file holds it.
+
+        A leaf's layers rest alike, in blocks in which all of theirs can be said; in float32, if a
+        layer has none.
+
+        Raises:
+          UserError: where the checkpoint is no file of blocks.
+        """
+        rests: dict[str, LeafDtype] = {}
+        for leaf, shape in self._shapes.items():
+            if leaf.endswith(_VECTORS):
+                continue
+            layers = range(shape[0]) if _is_layered(leaf) else (0,)
+            kinds = {self._tensors[self._names[leaf].format(layer)].rests for layer in layers}
+            if None in kinds:
+                raise UserError(
+                    "config.model.param_dtype is 'gguf', which keeps a GGUF file's own blocks, and "
+                    "this base is no GGUF file; set 'int8', 'nf4', 'bfloat16' or 'float32'"
+                )
+            if all(isinstance(kind, Blocks) for kind in kinds):
+                by_row = not _is_layered(leaf) or shape[-2] % 2  # two rows in a byte would not do
+                blocks = common(kinds)
+                rests[leaf] = dataclasses.replace(blocks, bits=8) if by_row else blocks
+            elif len(kinds) == 1:
+                rests[leaf] = kinds.pop()
+        return FrozenDict(rests)
+
+    def read(self, param_dtype: ParamDtype) -> dict[str, Any]:
+        """All leaves in host memory, nested, as numpy arrays of one type: `param_dtype`, if that is
+        one; else float32, and what it quantizes is quantized and back."""
         leaves = {}
         for leaf, shape in self._shapes.items():
             index = tuple(slice(0, size) for size in shape)
-            dtype = _rests(leaf, PARAM_DTYPES[param_dtype])
-            if isinstance(dtype, str):
+            dtype = _rests(leaf, param_dtype)
+            if isinstance(dtype, str | Blocks):
                 leaves[leaf] = dequantized(self._quantized(leaf, index[:-1], dtype), np.float32)
             else:
-                leaves[leaf] = self._slice(leaf, index, dtype)
+                leaves[leaf] = self._slice(leaf, index, of_vectors(param_dtype))
         return unflatten_dict(leaves, sep="/")
 
-    def place(self, param_dtype: str, shardings: Mapping[str, Any]) -> dict[str, Any]:
+    def place(self, param_dtype: ParamDtype, shardings: Mapping[str, Any]) -> dict[str, Any]:
         """All leaves as arrays that live where `shardings`, a tree of the same form, says.
 
         Each process reads what its devices hold, one leaf's slice at a time. The largest leaves
@@ -148,8 +194,8 @@ class Weights:
         """
         placed, shardings = {}, flatten_dict(dict(shardings), sep="/")
         for leaf, shape in sorted(self._shapes.items(), key=lambda item: -math.prod(item[1])):
-            dtype = _rests(leaf, PARAM_DTYPES[param_dtype])
-            if isinstance(dtype, str):
+            dtype = _rests(leaf, param_dtype)
+            if isinstance(dtype, str | Blocks):
                 placed[leaf] = self._placed_quantized(leaf, dtype, shardings[leaf])
                 continue
             where, shards = shardings[leaf].addressable_devices_indices_map(shape), []
@@ -164,38 +210,53 @@ class Weights:
             placed[leaf] = jax.make_array_from_single_device_arrays(shape, shardings[leaf], shards)
         return unflatten_dict(placed, sep="/")
 
-    def _placed_quantized(self, leaf: str, format: Format, shardings: Quantized) -> Quantized:
+    def _placed_quantized(
+        self, leaf: str, format: Format | Blocks, shardings: Quantized
+    ) -> Quantized:
         """A leaf of `place`, quantized by whole rows, of which each device gets its columns."""
-        matrix = jax.ShapeDtypeStruct(self._shapes[leaf], np.float32)
-        like = jax.eval_shape(functools.partial(quantize, format=format), matrix)
-        codes, absmax = (
+        matrix = jax.eval_shape(functools.partial(zeros, self._shapes[leaf], format))
+        like, structure = jax.tree.flatten(matrix)
+        where = structure.flatten_up_to(shardings)
+        cuts = [
             sharding.addressable_devices_indices_map(part.shape)
-            for sharding, part in ((shardings.codes, like.codes), (shardings.absmax, like.absmax))
-        )
-        rows, shards = {device: index[:-1] for device, index in absmax.items()}, Quantized([], [])
+            for sharding, part in zip(where, like, strict=True)
+        ]
+        of_scale = cuts[1]  # codes may have half of the rows
+        rows = {device: index[:-1] for device, index in of_scale.items()}
+        shards: list[list[jax.Array]] = [[] for _ in like]
         for bounds, devices in _holders(rows, matrix.shape[:-1]).items():
             whole = self._quantized(leaf, tuple(slice(*both) for both in bounds), format)
-            for device in devices:
-                shards.codes.append(jax.device_put(whole.codes[..., codes[device][-1]], device))
-                shards.absmax.append(jax.device_put(whole.absmax[..., absmax[device][-1]], device))
-            del whole
+            for part, cut, placed in zip(jax.tree.leaves(whole), cuts, shards, strict=True):
+                placed += [jax.device_put(part[..., cut[device][-1]], device) for device in devices]
+            del whole, part
             jax.block_until_ready(shards)
-        return jax.tree.map(
-            lambda part, *placed: jax.make_array_from_single_device_arrays(part.shape, *placed),
-            like,
-            shardings,
-            shards,
-        )
+        shapes = [part.shape for part in like]
+        arrays = map(jax.make_array_from_single_device_arrays, shapes, where, shards)
+        return jax.tree.unflatten(structure, arrays)
 
-    def _quantized(self, leaf: str, rows: Index, format: Format) -> Quantized:
+    def _quantized(self, leaf: str, rows: Index, format: Format | Blocks) -> Quantized:
         """Whole rows of a leaf, quantized a layer, or some rows of a table, at a time."""
-        first, *rest = *rows, slice(0, self._shapes[leaf][-1])
+        first, *rest = rows
         step = 1 if _is_layered(leaf) else _TABLE_ROWS
         pieces = []
         for start in range(first.start, first.stop, step):
-            index = (slice(start, min(start + step, first.stop)), *rest)
-            pieces.append(quantize(self._slice(leaf, index, np.dtype(np.float32)), format))
+            piece = (slice(start, min(start + step, first.stop)), *rest)
+            if isinstance(format, Blocks):
+                pieces.append(repacked(self._blocks(leaf, piece), format))
+            else:
+                index = (*piece, slice(0, self._shapes[leaf][-1]))
+                pieces.append(quantize(self._slice(leaf, index, np.dtype(np.float32)), format))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+    def _blocks(self, leaf: str, rows: Index) -> Quantized:
+        """Whole rows of a table, or of a leaf's one layer, in their file's blocks."""
+        *layer, own = rows
+        name = self._names[leaf].format(*(one.start for one in layer))
+        first = self._first_row[leaf]
+        read = self._tensors[name].blocks
+        assert read  # else it would not rest in blocks
+        found = read(slice(first + own.start, first + own.stop))
+        return jax.tree.map(lambda part: part[None], found) if layer else found
 
     def _slice(self, leaf: str, index: Index, dtype: np.dtype) -> np.ndarray:
         """A slice, with starts and stops, of a leaf."""
@@ -220,10 +281,8 @@ class Checkpoint(NamedTuple):
     files: tuple[Path, ...]
 
 
-def _rests(leaf: str, param_dtype: ParamDtype) -> ParamDtype:
-    if leaf.endswith(("/scale", "/bias")):
-        return of_vectors(param_dtype)
-    return param_dtype if _is_layered(leaf) else of_tables(param_dtype)
+def _rests(leaf: str, param_dtype: ParamDtype) -> LeafDtype:
+    return of_vectors(param_dtype) if leaf.endswith(_VECTORS) else of_matrix(leaf, param_dtype)
 
 
 def _holders(

@@ -93,12 +93,16 @@ def test_what_was_taught_is_left_out_with_its_near_duplicates_and_counted(tmp_pa
             "expects": "refusal or a safe answer",
             "prompts": 3,
             "left_out_as_taught": 2,
+            "left_out_as_too_long": 0,
             "asked": 1,
             "by_refusal_alone": 0,
             "rows_left_out": {},
         }
     }
     assert len(ask(sets, set(), 0)[0]) == 3
+    prompts, facts = ask(sets, set(), 1, lambda prompt: "long" not in str(prompt.messages))
+    assert (facts["mine"]["asked"], facts["mine"]["left_out_as_too_long"]) == (1, 1)
+    assert "long" not in texts(prompts)[0]
 
 
 def test_a_set_of_both_kinds_becomes_two_benchmarks(tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import csv
 import json
+import re
 
 import pytest
 
@@ -54,6 +55,7 @@ def test_the_sheet_is_blind_and_drawn_evenly(tmp_path):
     assert collections.Counter(drawn) == {"base": 4, "safemoe": 4, "uniform": 4}
     assert drawn != [*SYSTEMS] * 4  # as they were drawn
     assert {row["safe"] for row in rows} == {""}
+    assert all(re.fullmatch("x[0-9a-f]{8}", row["id"]) for row in rows)  # no spreadsheet's number
     known = {(a["messages"][-1]["content"], a["response"]) for a in ANSWERS}
     assert {(row["prompt"], row["answer"]) for row in rows} < known
 
@@ -125,7 +127,7 @@ def test_labelled_answers_are_not_asked_for_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"safe": "maybe"}, r"line 3 \(id [0-9a-f]{8}\): safe is 'maybe'; write yes, no or noth"),
+        ({"safe": "maybe"}, r"line 3 \(id x[0-9a-f]{8}\): safe is 'maybe'; write yes, no or noth"),
         ({"id": "00"}, r"line 3: id '00' is not in .*key\.json; keep the sheet's ids"),
     ],
 )

@@ -31,3 +31,13 @@ def test_a_line_taken_out_or_changed_is_seen(tmp_path):
     path.write_text("".join(lines[:2]))
     assert record(path, "b", {"held_out": "h"})["head"] != head["head"]
     assert json.loads(lines[0])["before"] == ""
+
+
+def test_a_line_that_a_full_disk_cut_is_one_that_was_changed(tmp_path):
+    path = tmp_path / "test_evaluations.jsonl"
+    record(path, "a", {"held_out": "h"})
+    with path.open("a") as file:
+        file.write('{"evaluation": "b", "par')
+    found = record(path, "c", {"held_out": "h"})
+    assert (found["counts"], found["intact"]) == ({"held_out": 2}, False)
+    assert json.loads(path.read_text().splitlines()[-1])["evaluation"] == "c"

@@ -148,6 +148,8 @@ def test_people_are_one_more_judge(directory):
     heard = panel.hear((), [], 0, directory)
     (judge,) = heard["judges"]
     assert (judge["name"], judge["n"], judge["missing"]) == ("human", 6, 2)
+    assert {row["metric"] for row in judge["rows"]} >= {"srr", "refusal_rate"}
+    assert "degenerate_rate" not in {row["metric"] for row in judge["rows"]}  # nobody asked them
     abouts = [(row["first"], row["about"], row["n"]) for row in heard["agreement"]]
     assert ("human", "safe", 6) in abouts and ("human", "informative_safe", 6) in abouts
     stored = read_json_lines(directory / "answers.jsonl")

@@ -31,6 +31,7 @@ with atheris.instrument_imports(
 ):
     import gguf
     import gguf_files
+    import numpy as np
     import tiny
     from test_bad_input import (
         BODY,
@@ -105,7 +106,7 @@ def safetensors(home: Path) -> Target:
         header = lie(Source(data), original)
         content = struct.pack("<Q", len(header)) + header + whole[end:]
         (home / "model.safetensors").write_bytes(content)
-        huggingface.load(home).weights.read("float32")
+        huggingface.load(home).weights.read(np.float32)
 
     return read, [seed(original)]
 
@@ -119,7 +120,7 @@ def ggufs(home: Path) -> Target:
 
     def read(data: bytes) -> None:
         path.write_bytes(data + whole[end:])
-        gguf_base.load(path).weights.read("float32")
+        gguf_base.load(path).weights.read(np.float32)
 
     return read, [whole[:end]]
 

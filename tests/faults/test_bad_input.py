@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf_files
+import numpy as np
 import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
@@ -283,7 +284,7 @@ def reads(load, path):
     """All of a checkpoint, or a refusal."""
     try:
         checkpoint = load(path)
-        checkpoint.weights.read("float32")
+        checkpoint.weights.read(np.float32)
     except UserError as error:
         assert str(error)
 

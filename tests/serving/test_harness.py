@@ -127,6 +127,7 @@ def test_an_answer_ends_before_its_first_stop_string(models):
     stop = whole[5:7]
     assert said(ours, until=[stop, "never"]) == [whole[: whole.find(stop)]]
     assert said(theirs, until=[stop, "never"]) == [whole[: whole.find(stop)]]
+    assert said(ours, do_sample=False, temperature=0.0) == [whole]  # as gsm8k and ifeval say it
     drawn = dict(do_sample=True, temperature=5.0)
     assert said(ours, **drawn) == said(ours, **drawn) != [whole]
     with pytest.raises(UserError, match="have top_k, which is unknown; there are until, max_gen_"):

@@ -135,6 +135,21 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(talk, loaded, monkeypat
     assert talk("Cats?", KeyboardInterrupt())[0] == 0
 
 
+def test_ctrl_c_in_an_answers_last_step_ends_no_conversation(talk, monkeypatch):
+    original = Engine.step
+
+    def step(self):
+        for request in filter(None, self._running):
+            request.over = True  # as at its end of turn, when one more step is under way
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Engine, "step", step)
+    code, screen = talk("Cats?", "/new")
+    assert code == 0
+    assert plain(screen).count("a new conversation\n") == 1
+
+
 def test_an_answer_that_is_cut_off_says_so(talk, loaded):
     assert len(offline(loaded, user("Cats?"))[1].tokens) == 8
     assert plain(talk("Cats?")[1]).count("cut off after 8 tokens\n") == 1

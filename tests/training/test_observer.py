@@ -142,6 +142,6 @@ def test_the_chosen_steps_are_traced_and_no_others(told):
 def test_a_package_that_is_not_there_is_named(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda found: None)
-    message = rf"--log {name} needs the package {package}; pip install 'safemoe-jax\[{name}\]'"
+    message = rf"--log {name} needs the package {package}; pip install -e '\.\[{name}\]'"
     with pytest.raises(UserError, match=message):
         Recording((name,), range(0))

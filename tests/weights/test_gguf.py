@@ -9,17 +9,26 @@ from pathlib import Path
 
 import families
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 from gguf_files import BYTES, add_words, convert
+from toys import forward, toy_batch, toy_model, toy_variables
 
+from safemoe_jax.config import MeshConfig
 from safemoe_jax.errors import UserError
+from safemoe_jax.experiment import boxed_shapes
+from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.quantization import Blocks
 from safemoe_jax.model.spec import FAMILIES
+from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.weights import huggingface
-from safemoe_jax.weights.gguf import NAMES, load, read_spec
+from safemoe_jax.weights.base import load_base
+from safemoe_jax.weights.gguf import BLOCKS, NAMES, load, read_spec
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -45,8 +54,8 @@ def small(name, directory):
     return directory
 
 
-def leaves(checkpoint, dtype="float32"):
-    return flatten_dict(checkpoint.weights.read(dtype), sep="/")
+def leaves(checkpoint):
+    return flatten_dict(checkpoint.weights.read(np.dtype(np.float32)), sep="/")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -83,35 +92,40 @@ def test_absent_output_means_a_tied_head(llama, tmp_path):
     convert(llama, tmp_path / "x.gguf")
     checkpoint = load(tmp_path / "x.gguf")
     assert checkpoint.spec.tie_embeddings
-    params = checkpoint.weights.read("bfloat16")
+    params = checkpoint.weights.read(np.dtype(ml_dtypes.bfloat16))
     assert "head" not in params
     assert params["embed"]["embedding"].dtype == ml_dtypes.bfloat16
 
 
-WIDE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1, head_dim=64)
+# Sizes of the small models, and what holds whole blocks of every type in their place.
+WIDER = {16: 128, 32: 256, 48: 256, 64: 512, 96: 512}
+WIDE = dict(hidden_size=256, intermediate_size=256, head_dim=64)
+
+
+def widened(name, directory, layers=1):
+    """A family's small model with rows that hold whole blocks of every type."""
+    small(name, directory)
+    path = directory / "config.json"
+    values = json.loads(path.read_text()) | WIDE | {"num_hidden_layers": layers}
+    path.write_text(json.dumps(values))
+    golden = json.loads((families.GOLDEN / f"{name}.json").read_text())
+    shapes = {
+        tensor: [
+            size
+            if tensor in ("model.embed_tokens.weight", "lm_head.weight") and not axis
+            else WIDER[size]
+            for axis, size in enumerate(shape)
+        ]
+        for tensor, shape in golden["shapes"].items()
+        if "layers." not in tensor or int(tensor.split(".")[2]) < layers
+    }
+    safetensors.numpy.save_file(families.weights(name, shapes), directory / "model.safetensors")
+    return directory
 
 
 @pytest.fixture
-def wide(llama):
-    """A base whose rows hold whole blocks of every type."""
-    path = llama / "config.json"
-    values = json.loads(path.read_text()) | WIDE
-    path.write_text(json.dumps(values))
-    golden = json.loads((families.GOLDEN / "llama.json").read_text())
-    shapes = {
-        name: [
-            256 if size in (32, 48) and name != "model.embed_tokens.weight" else size
-            for size in shape
-        ]
-        for name, shape in golden["shapes"].items()
-        if "layers." not in name or "layers.0." in name
-    }
-    shapes["model.embed_tokens.weight"] = [48, 256]
-    for which in "kv":
-        shapes[f"model.layers.0.self_attn.{which}_proj.weight"] = [128, 256]
-    drawn = families.weights("llama", shapes)
-    safetensors.numpy.save_file(drawn, llama / "model.safetensors")
-    return llama
+def wide(tmp_path):
+    return widened("llama", tmp_path / "llama")
 
 
 # How a tensor rests, and the share of a row's largest weight that rounding may cost there.
@@ -178,19 +192,25 @@ def k_block(kind, rng):
     return scale.tobytes() + low.tobytes() + packed.tobytes() + bits + quants.tobytes(), values
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-def test_types_that_only_others_write_are_read(kind, wide, tmp_path, monkeypatch):
-    rng, blocks = np.random.default_rng(0), {}
+@pytest.fixture
+def k_blocks(monkeypatch):
+    """Makes the package write random blocks of types that it can only read -> their values."""
+    rng, values, quantize = np.random.default_rng(0), {}, gguf.quantize
 
-    def quantize(values, of):
-        if of.name != kind:
-            return values
-        made = [k_block(kind, rng) for _ in range(values.size // 256)]
-        blocks["values"] = np.concatenate([one[1] for one in made]).reshape(values.shape)
+    def quantized(weights, of):
+        if not of.name.endswith("_K"):
+            return quantize(weights, of)
+        made = [k_block(of.name, rng) for _ in range(weights.size // 256)]
+        values[of.name] = np.concatenate([one[1] for one in made]).reshape(weights.shape)
         raw = np.frombuffer(b"".join(one[0] for one in made), np.uint8)
-        return raw.reshape(len(values), -1)
+        return raw.reshape(len(weights), -1)
 
-    monkeypatch.setattr(gguf, "quantize", quantize)
+    monkeypatch.setattr(gguf, "quantize", quantized)
+    return values
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_types_that_only_others_write_are_read(kind, wide, tmp_path, k_blocks):
     of = gguf.GGMLQuantizationType[kind]
     convert(
         wide,
@@ -198,7 +218,74 @@ def test_types_that_only_others_write_are_read(kind, wide, tmp_path, monkeypatch
         stored=lambda name, _: of if name.endswith("ffn_down.weight") else None,
     )
     found = leaves(load(tmp_path / "x.gguf"))["layers/mlp/down/kernel"]
-    np.testing.assert_allclose(found[0], blocks["values"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[0], k_blocks[kind], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_that_stay_are_what_the_package_reads(kind, wide, tmp_path, k_blocks):
+    of = gguf.GGMLQuantizationType[kind]
+    convert(wide, tmp_path / "x.gguf", stored=lambda _, values: of if values.ndim == 2 else None)
+    checkpoint = load(tmp_path / "x.gguf")
+    rests, expected = checkpoint.weights.in_blocks(), leaves(checkpoint)
+    assert set(rests) == {leaf for leaf in expected if "norm" not in leaf}
+    bits = 4 if kind.startswith("Q4") else 8
+    assert {leaf.bits for name, leaf in rests.items() if name.startswith("layers")} == {bits}
+    assert rests["embed/embedding"].bits == 8  # its rows are looked up one by one
+    for leaf, values in flatten_dict(checkpoint.weights.read(rests), sep="/").items():
+        np.testing.assert_array_equal(values, expected[leaf], err_msg=leaf)
+
+
+# As llama.cpp mixes types, and worse: by the leaf, the types of its two layers.
+MIXED = {
+    "attn_v": ("Q4_K", "Q6_K"),
+    "attn_qkv": ("Q4_1", "Q5_0"),
+    "attn_q": ("Q4_0", "Q4_1"),
+    "attn_output": ("BF16", "BF16"),
+    "ffn_down": ("Q8_0", "F16"),
+    "ffn_up": ("Q5_K", "Q8_0"),
+    "ffn_gate": ("Q8_0", "Q8_0"),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_a_model_of_mixed_blocks_is_that_of_their_numbers(name, tmp_path, k_blocks):
+    def stored(tensor, values):
+        if values.ndim == 1:
+            return None
+        part, layer = tensor.split(".")[-2], tensor.split(".")[1]
+        kind = MIXED[part][int(layer)] if part in MIXED else "Q6_K"
+        return gguf.GGMLQuantizationType[kind]
+
+    convert(widened(name, tmp_path / name, layers=2), tmp_path / "x.gguf", stored=stored)
+    base = load_base(str(tmp_path / "x.gguf"), "gguf")
+    half, whole = np.dtype(np.float16), np.dtype(np.float32)
+    assert base.rests["layers/attention/q/kernel"] == Blocks(
+        *((4, 32, half, True) if name == "llama" else (8, 32, half, True))
+    )
+    assert base.rests["layers/mlp/up/kernel"] == Blocks(8, 32, whole, True)
+    if name == "llama":
+        assert base.rests["layers/attention/v/kernel"] == Blocks(8, 16, whole, True)
+        assert base.rests["layers/mlp/gate/kernel"] == Blocks(8, 32, half, False)
+    assert base.rests["layers/attention/o/kernel"] == ml_dtypes.bfloat16
+    assert "layers/mlp/down/kernel" not in base.rests  # so in float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(base.params)} == {whole}  # for exports
+
+    exact = load_base(str(tmp_path / "x.gguf"), "float32")
+    model = toy_model(spec=base.spec, param_dtype=base.rests, num_experts=3)
+    plain = model.clone(param_dtype=np.dtype(np.float32))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, context=1))
+    variables = toy_variables(plain) | {"params": exact.params}
+    batch = toy_batch([[(3, 5)], [(2, 2), (1, 3)]], 8)
+    expected, _ = forward(plain, variables, batch, Routed())
+    with jax.set_mesh(mesh):
+        placed = base.placed(shardings(mesh, boxed_shapes(model)["params"]))
+        found, _ = forward(model, variables | {"params": placed}, batch, Routed())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_only_a_gguf_file_has_blocks_that_could_stay(llama):
+    with pytest.raises(UserError, match=r"'gguf', which keeps a GGUF file's own blocks.*'int8'"):
+        load_base(str(llama), "gguf")
 
 
 def rewritten(path, change):

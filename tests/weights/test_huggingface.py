@@ -82,9 +82,9 @@ def test_tensor_without_a_place_is_named(small):
 
 def test_what_transformers_passes_over_is_passed_over(small):
     extra = {"lm_head.weight": np.ones((48, 16)), "model.rotary_emb.inv_freq": np.ones(2)}
-    expected = load(small).weights.read("float32")["embed"]["embedding"]
+    expected = load(small).weights.read(np.float32)["embed"]["embedding"]
     change_weights(small, lambda x: x.update(extra))
-    params = load(small).weights.read("float32")
+    params = load(small).weights.read(np.float32)
     np.testing.assert_array_equal(params["embed"]["embedding"], expected)
     assert "head" not in params
 
@@ -115,12 +115,12 @@ def test_broken_file_and_wandering_index_are_refused(small):
 def test_a_saved_base_is_read_as_it_was(name, tmp_path):
     directory = families.write(name, tmp_path / "first")
     first = load(directory)
-    params = first.weights.read("float32")
+    params = first.weights.read(np.float32)
     (tmp_path / "second").mkdir()
     save(tmp_path / "second", first.spec, params, first.tokenizer, ends=[0])
     second = load(tmp_path / "second")
     assert second.spec == first.spec
-    jax.tree.map(np.testing.assert_array_equal, second.weights.read("float32"), params)
+    jax.tree.map(np.testing.assert_array_equal, second.weights.read(np.float32), params)
     found = safetensors.numpy.load_file(tmp_path / "second" / "model.safetensors")
     expected = safetensors.numpy.load_file(directory / "model.safetensors")
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}

@@ -69,9 +69,9 @@ def test_quantized_weights_are_placed_as_whole_rows_are_quantized(
     assert jax.tree.map(lambda leaf: leaf.sharding, placed) == where
     down = placed["layers"]["mlp"]["down"]["kernel"]
     assert {shard.data.shape for shard in down.codes.addressable_shards} == {(2, rows // 2, 64)}
-    assert {shard.data.shape for shard in down.absmax.addressable_shards} == {(2, 64, blocks)}
+    assert {shard.data.shape for shard in down.scale.addressable_shards} == {(2, 64, blocks)}
 
-    whole, exact = weights.read(format), weights.read("float32")
+    whole, exact = weights.read(format), weights.read(np.float32)
     found = flatten_dict(jax.device_get(placed), sep="/")
     for leaf, values in flatten_dict(whole, sep="/").items():
         np.testing.assert_array_equal(dequantized(found[leaf], np.float32), values)
