@@ -62,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped verb need not wait for JAX.
-    from safemoe_jax.errors import UserError, refused_by_the_machine, without_echoes
+    from safemoe_jax.errors import (
+        Unreachable,
+        UserError,
+        refused_by_the_machine,
+        without_echoes,
+    )
     from safemoe_jax.parallel.hosts import set_up_jax
     from safemoe_jax.queues import Unfinished
     from safemoe_jax.training.interruption import Interrupted
@@ -85,10 +90,10 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             "sweep": _sweep,
         }
         others.get(arguments.verb, _experiment_verb)(arguments, rest)
+    except (Diverged, Unfinished, Unreachable) as error:
+        return _say(error, EXIT_FAILED)
     except UserError as error:
         return _say(error, EXIT_USER)
-    except (Diverged, Unfinished) as error:
-        return _say(error, EXIT_FAILED)
     except Interrupted as error:
         return _say(error, EXIT_INTERRUPTED)
     except Exception as error:

@@ -27,6 +27,13 @@ class UserError(ValueError):
     """
 
 
+class Unreachable(UserError):
+    """Storage behind a URL does not take what it took before: no mistake, perhaps, but an outage.
+
+    The command line exits with code 1, so that a launcher starts the same command again.
+    """
+
+
 def refused_by_the_machine(error: BaseException | None) -> str | None:
     """A line on a full disk, a read-only one and their like; None where it is something else.
 

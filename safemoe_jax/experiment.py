@@ -16,7 +16,7 @@ from safemoe_jax.config import Config
 from safemoe_jax.data import rules
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.corpora import Corpus, Example, load_corpus
-from safemoe_jax.data.pipeline import PackedCorpus, pack
+from safemoe_jax.data.pipeline import PackedCorpus, encodable, pack
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.flops import num_params
 from safemoe_jax.model.lora import Routed
@@ -62,7 +62,9 @@ class Experiment:
 
     @cached_property
     def corpus(self) -> Corpus:
-        return load_corpus(self.config.data, self.workdir.data)
+        """What the base's chat template takes of the configured one."""
+        loaded = load_corpus(self.config.data, self.workdir.data)
+        return encodable(loaded, self.chat, self.workdir.data)
 
     @cached_property
     def imported(self) -> Imported | None:

@@ -1,16 +1,17 @@
 """What lies behind a URL such as gs://bucket/path, through fsspec; gs:// needs gcsfs installed."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
 from etils import epath
 
-from safemoe_jax.errors import UserError
-from safemoe_jax.fetch import cache_dir
+from safemoe_jax.errors import Unreachable, UserError, refused_by_the_machine
+from safemoe_jax.fetch import cache_dir, file_sha256
 
 
 def is_remote(place: str) -> bool:
@@ -26,23 +27,37 @@ def local_copy(place: str) -> Path:
     if not is_remote(place):
         return Path(place).expanduser()
     system, path = _open(place)
-    try:
-        stamps = {name: system.ukey(name) for name in sorted(system.find(path))}
+    with _reached(place, "read"):
+        stamps = {name: _version(system, place, name) for name in sorted(system.find(path))}
         if not stamps:
             raise FileNotFoundError("nothing is there")
-        key = hashlib.sha256(repr(sorted(stamps.items())).encode()).hexdigest()[:16]
-        home = cache_dir() / "remote" / key
-        if not home.exists():
-            home.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
-                for name in stamps:
-                    target = Path(scratch, "whole", Path(path).name, os.path.relpath(name, path))
+        homes = cache_dir() / "remote"
+        home = homes / _key(stamps)
+        if None in stamps.values() or not home.exists():
+            homes.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=homes) as scratch:
+                whole = Path(scratch, "whole")
+                for name, stamp in stamps.items():
+                    target = whole / Path(path).name / os.path.relpath(name, path)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     system.get_file(name, str(target))
-                _replace(Path(scratch, "whole"), home)
-    except OSError as error:
-        raise UserError(f"cannot read {place} ({error}); check the URL and your access") from error
+                    stamps[name] = stamp or file_sha256(target)
+                home = homes / _key(stamps)
+                _replace(whole, home)
     return home / Path(path).name
+
+
+def _version(system: fsspec.AbstractFileSystem, place: str, name: str) -> str | None:
+    """What changes when a file does; None where nothing tells, and only its content can."""
+    if not place.startswith(("http://", "https://")):
+        return system.ukey(name)
+    about = system.info(name)  # fsspec's own key is of the URL alone
+    tag = about.get("ETag") or about.get("Last-Modified")
+    return f"{tag} {about['size']}" if tag else None
+
+
+def _key(stamps: dict[str, str | None]) -> str:
+    return hashlib.sha256(repr(sorted(stamps.items())).encode()).hexdigest()[:16]
 
 
 class Mirror:
@@ -66,45 +81,70 @@ class Mirror:
         return epath.Path(self._remote if local else self._url.rstrip("/")).joinpath(*names)
 
     def pull(self) -> None:
-        """Makes the local copy what the remote is."""
-        found = self._remote_files()
-        for name in self._local_files() - found:
-            (self._local / name).unlink()
-        for name in found:
-            target = self._local / name
-            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._system.get_file(f"{self._remote}/{name}", str(target))
-            self._pushed[name] = _stamp(target)
+        """Makes the local copy what the remote is.
 
-    def push(self) -> None:
-        """Makes the remote what the local copy is; what has not changed is not sent again."""
-        here = self._local_files()
-        for name in self._remote_files() - here:
-            self._system.rm_file(f"{self._remote}/{name}")
-        for name in sorted(here):
-            stamp = _stamp(self._local / name)
-            if self._pushed.get(name) != stamp:
-                target = f"{self._remote}/{name}"
-                self._system.makedirs(os.path.dirname(target), exist_ok=True)
-                self._system.put_file(str(self._local / name), target)
-                self._pushed[name] = stamp
+        Raises:
+          UserError: where the remote cannot be read.
+        """
+        with _reached(self._url, "read"):
+            found = self._remote_files(self._names)
+            for name in self._local_files(self._names) - found:
+                (self._local / name).unlink()
+            for name in found:
+                target = self._local / name
+                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._system.get_file(f"{self._remote}/{name}", str(target))
+                self._pushed[name] = _stamp(target)
 
-    def _local_files(self) -> set[str]:
-        found = (path for name in self._names for path in _files(self._local / name))
+    def push(self, *names: str) -> None:
+        """Makes the remote what the local copy is; what has not changed is not sent again.
+
+        Args:
+          names: those of the mirrored entries that are sent; all if none is given.
+
+        Raises:
+          Unreachable: where the remote cannot be written to.
+        """
+        names = names or tuple(self._names)
+        with _reached(self._url, "write to", Unreachable):
+            here = self._local_files(names)
+            for name in self._remote_files(names) - here:
+                self._system.rm_file(f"{self._remote}/{name}")
+            for name in sorted(here):
+                stamp = _stamp(self._local / name)
+                if self._pushed.get(name) != stamp:
+                    target = f"{self._remote}/{name}"
+                    self._system.makedirs(os.path.dirname(target), exist_ok=True)
+                    self._system.put_file(str(self._local / name), target)
+                    self._pushed[name] = stamp
+
+    def _local_files(self, names: Sequence[str]) -> set[str]:
+        found = (path for name in names for path in _files(self._local / name))
         return {str(path.relative_to(self._local)) for path in found}
 
-    def _remote_files(self) -> set[str]:
+    def _remote_files(self, names: Sequence[str]) -> set[str]:
         self._system.invalidate_cache()
-        found = (f for name in self._names for f in self._system.find(f"{self._remote}/{name}"))
+        found = (f for name in names for f in self._system.find(f"{self._remote}/{name}"))
         return {os.path.relpath(path, self._remote) for path in found}
 
 
 def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
+    with _reached(url, "open"):
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"{url} cannot be opened ({error}); gs:// needs `pip install gcsfs`"
+
+
+@contextlib.contextmanager
+def _reached(url: str, doing: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Names the URL in what fsspec and its backends raise: their errors have no common class."""
+    try:
+        yield
+    except Exception as error:
+        if refused_by_the_machine(error) and not isinstance(error, PermissionError):
+            raise  # a full disk and its like, on this side
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise kind(
+            f"cannot {doing} {url} ({said}); check the URL, your access and the network (gs:// "
+            "needs `pip install gcsfs`)"
         ) from error
 
 

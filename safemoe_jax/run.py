@@ -187,6 +187,7 @@ def _hear(
         labelled = experiment.corpus.select(splits={"test"}) if judges else []
         results["panel"] = panel.hear(judges, labelled, seed, directory)
         write_json(directory / "results.json", results)
+        experiment.workdir.send_evaluation()
     write_card(experiment.workdir.bundle, measured(results))
     console.print(terminal_table(results))
     if panel.comparisons(results):
@@ -225,6 +226,7 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
         seed=config.seed,
         made_of=_bundle_digest(experiment),
         directory=directory,
+        send=experiment.workdir.send_evaluation,
     )
     answers, likelihoods = measure(_entries(experiment, controls, prompts), asking)
     judge = EmbeddedJudge.fit(
@@ -241,6 +243,7 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
     )
     valid = validity(judge, informed, config.seed)
     outcomes, rows = judge_answers(answers, judge, directory)
+    experiment.workdir.send_evaluation()
     compared = [row for row in likelihoods if row["system"] in config.evaluation.systems]
     results = {
         "rows": rows,

@@ -4,6 +4,8 @@ config.json run.json lock metrics.jsonl tensorboard/ wandb/ data/ experts/ route
 unfinished/ controls/ evaluation/ report.json report.html report.md report.tex
 """
 
+import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -27,8 +29,11 @@ from safemoe_jax.parallel.hosts import all_agree, first_says, is_first, wait_for
 from safemoe_jax.private_files import left_by_kills, replacing
 from safemoe_jax.remote import Mirror, is_remote
 
-# What may differ between two runs in one directory: it decides nothing that is stored.
-_FREE = ("evaluation",)
+# What may differ between two commands in one directory. A mesh decides where numbers are computed,
+# and in which order sums are added; a checkpoint is of no mesh.
+_FREE = ("evaluation", "mesh")
+# What flock says where a file system, or how it is mounted, has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
 _MIRRORED = (
     *("config.json", "run.json", "metrics.jsonl", "tensorboard", "bundle", "controls"),
@@ -101,6 +106,14 @@ class Workdir:
         wait_for_all("published")
         if self._mirror is not None and not is_first():
             self._mirror.pull()
+
+    def send_evaluation(self) -> None:
+        """Sends what the first process has evaluated so far; no other process is waited for.
+
+        What was not sent when a process is killed is lost: the remote is what counts.
+        """
+        if self._mirror is not None and is_first():
+            self._mirror.push(self.evaluation.name)
 
     @property
     def data(self) -> Path:
@@ -183,12 +196,19 @@ class Workdir:
             raise UserError(
                 f"another process is working in {self.root}; wait for it, or give another --workdir"
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise UserError(
+                f"the file system of --workdir {self.root} has no locks ({error.strerror}); give a "
+                "--workdir on another, or mount it with locks"
+            ) from error
         for scratch in left_by_kills(self.root):
             scratch.unlink()
         values = json.loads(json.dumps(to_dict(self._config)))
         path = self.root / "config.json"
         if path.exists():
-            stored = _read_object(path)
+            stored = _read_object(path, f"put it back, or delete {self.root} and begin anew")
             for key, old, new in _differences(stored, values, "config"):
                 if key.split(".")[1] not in _FREE:
                     raise UserError(
@@ -201,21 +221,19 @@ class Workdir:
     def _note_command(self) -> None:
         """run.json tells of every command that worked here, the newest last."""
         path = self.root / "run.json"
-        before = _read_object(path).get("commands", []) if path.exists() else []
+        before = _read_object(path, "delete it").get("commands", []) if path.exists() else []
         if not isinstance(before, list):
             raise UserError(f"{path} is damaged (commands is {before!r}); delete it")
-        write_json(path, {"commands": [*before, _environment()]})
+        write_json(path, {"commands": [*before, _environment(self._config)]})
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # a UnicodeDecodeError is one
-        raise UserError(
-            f"{path} is not JSON ({error}); give another --workdir, or delete it"
-        ) from error
+        raise UserError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(stored, dict):
-        raise UserError(f"{path} holds no JSON object; give another --workdir, or delete it")
+        raise UserError(f"{path} holds no JSON object; {remedy}")
     return stored
 
 
@@ -259,7 +277,7 @@ def _differences(old: Any, new: Any, path: str):
         yield path, old, new
 
 
-def _environment() -> dict[str, Any]:
+def _environment(config: Config) -> dict[str, Any]:
     needed = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
     versions = {name: metadata.version(name) for name in ("safemoe-jax", *needed)}
     if importlib.util.find_spec("libtpu"):
@@ -274,6 +292,7 @@ def _environment() -> dict[str, Any]:
         "devices": [str(device) for device in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
         "processes": jax.process_count(),
+        "mesh": dataclasses.asdict(config.mesh),
         # What changes the compiled programs, and no other variable: some hold secrets.
         "flags": {
             name: value

@@ -17,6 +17,7 @@ from toys import toy_variables
 
 from safemoe_jax import cli, generate, run
 from safemoe_jax.config import freeze, read_config
+from safemoe_jax.errors import Unreachable
 from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.training.observer import Diverged
@@ -199,11 +200,13 @@ def test_what_is_no_ones_mistake_has_another_exit_code(safemoe, home, tmp_path, 
     argv = ("fetch", "--config", home / "tiny.py", "--workdir", tmp_path)
     assert safemoe(*argv)[0] == 0
 
-    def diverge(experiment):
-        raise Diverged("loss is nan at step 3")
+    for error in (Diverged("loss is nan at step 3"), Unreachable("cannot write to gs://b")):
 
-    monkeypatch.setattr(run, "fetch", diverge)
-    assert safemoe(*argv) == (1, "", "safemoe: loss is nan at step 3\n")
+        def stop(experiment, error=error):
+            raise error
+
+        monkeypatch.setattr(run, "fetch", stop)
+        assert safemoe(*argv) == (1, "", f"safemoe: {error}\n")
 
     def fail(experiment):
         raise RuntimeError("a fault of the package")

@@ -1,16 +1,20 @@
 import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
+import tiny
 from flax.core import FrozenDict
 
 from experiments import pyrit
-from safemoe_jax.config import MeshConfig, freeze
+from safemoe_jax import run
+from safemoe_jax.config import MeshConfig, freeze, read_config
 from safemoe_jax.errors import UserError
-from safemoe_jax.experiment import check_layout
+from safemoe_jax.experiment import Experiment, check_layout
 from safemoe_jax.model.quantization import PARAM_DTYPES, Blocks
 from safemoe_jax.model.spec import ModelSpec
+from safemoe_jax.workdir import Workdir
 
 SPEC = ModelSpec(
     vocab_size=49_152,
@@ -75,3 +79,24 @@ def test_a_mesh_that_cuts_blocks_is_refused(rests, message):
     config = dataclasses.replace(config, mesh=MeshConfig(1, fsdp, 1, 1))
     with pytest.raises(UserError, match=message):
         check_layout(config, SPEC, rests)
+
+
+def test_a_row_that_the_template_refuses_stops_no_run(tmp_path, capsys):
+    tiny.write_base(tmp_path / "base")
+    template = tmp_path / "base" / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    corpus = tmp_path / "corpus.jsonl"
+    tiny.write_corpus(corpus)
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    system, user = {"role": "system", "content": "Hiss."}, {"role": "user", "content": "Why?"}
+    rows.append({**rows[0], "messages": [system, user]})
+    del rows[-1]["prompt"]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_experiment(tmp_path / "tiny.py", tmp_path / "base", corpus)
+    config = freeze(read_config(tmp_path / "tiny.py", []))
+    with Workdir(tmp_path / "run", config) as workdir:
+        run.data(Experiment(config, workdir))
+    said = capsys.readouterr().out
+    assert f"{len(rows)} rows read, {len(rows) - 1} kept; dropped: " in said
+    assert "{'rejected: the chat template refuses its turns': 1}" in said

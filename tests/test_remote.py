@@ -1,19 +1,25 @@
 """Work directories and data behind URLs: a directory as file://, and an emulated gs:// bucket."""
 
 import contextlib
+import errno
+import http.server
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import fsspec
 import jax.numpy as jnp
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from toys import leaves_equal
 
 from experiments import pyrit
 from safemoe_jax.config import freeze
-from safemoe_jax.errors import UserError
+from safemoe_jax.errors import Unreachable, UserError, refused_by_the_machine
 from safemoe_jax.remote import Mirror, local_copy
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.state import Best, TrainState
@@ -67,8 +73,129 @@ def test_data_behind_a_url_is_copied_once_and_again_when_it_changes(tmp_path):
     assert local_copy(str(tmp_path / "corpus")) == tmp_path / "corpus"
     with pytest.raises(UserError, match=r"cannot read file://.*/nothing .*; check the URL"):
         local_copy(f"file://{tmp_path}/nothing")
-    with pytest.raises(UserError, match="nowhere://x cannot be opened"):
+    with pytest.raises(
+        UserError, match=r"cannot open nowhere://x \(Protocol not known: nowhere\); check"
+    ):
         local_copy("nowhere://x")
+
+
+@contextlib.contextmanager
+def served(files):
+    """The URL of a server of {name: (headers, content)}."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            headers, content = files[self.path[1:]]
+            self.send_response(200)
+            for name, value in {"Content-Type": "text/plain", **headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"ETag": "a"}, {"ETag": "b"}),
+        ({"Last-Modified": "then"}, {"Last-Modified": "now"}),
+        ({}, {}),
+    ],
+)
+def test_data_behind_http_is_read_again_when_it_changes(before, after):
+    files = {"rows.jsonl": (before, b"1")}
+    with served(files) as url:
+        first = local_copy(f"{url}/rows.jsonl")
+        assert local_copy(f"{url}/rows.jsonl") == first
+        assert (first.name, first.read_text()) == ("rows.jsonl", "1")
+        files["rows.jsonl"] = (after, b"2")
+        assert local_copy(f"{url}/rows.jsonl").read_text() == "2"
+        assert first.read_text() == "1"
+
+
+class CloudError(Exception):
+    """As gcsfs' HttpError, which is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CloudError("Anonymous caller\nhas no access, 401"), "Anonymous caller has no access, 401"),
+        (ValueError("Bad Request: b/x"), "Bad Request: b/x"),
+        (OSError("Forbidden: b/x"), "Forbidden: b/x"),
+        (PermissionError(errno.EACCES, "Access Denied"), "Access Denied"),
+        (CloudError(), "CloudError"),
+    ],
+)
+def test_what_a_bucket_refuses_names_the_url(tmp_path, error, said):
+    class Bucket(fsspec.AbstractFileSystem):
+        protocol = "refusing"
+        cachable = False
+
+        def refuse(self, *_, **__):
+            raise error
+
+        find = info = put_file = makedirs = refuse
+
+    fsspec.register_implementation("refusing", Bucket, clobber=True)
+    write(tmp_path, {"metrics.jsonl": "1"})
+    mirror = Mirror("refusing://b/x", tmp_path, NAMES)
+    for kind, doing, act in (
+        (UserError, "read", lambda: local_copy("refusing://b/x")),
+        (UserError, "read", mirror.pull),
+        (Unreachable, "write to", mirror.push),
+    ):
+        with pytest.raises(kind) as raised:
+            act()
+        assert type(raised.value) is kind
+        assert re.match(rf"cannot {doing} refusing://b/x \(.*{said}\); check", str(raised.value))
+        assert "\n" not in str(raised.value)
+
+
+def test_a_full_disk_is_no_fault_of_the_bucket(tmp_path, monkeypatch):
+    write(tmp_path, {"corpus/a.jsonl": "1"})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        local_copy(f"file://{tmp_path}/corpus")
+    assert refused_by_the_machine(raised.value)
+
+
+def test_what_was_evaluated_survives_a_kill(tmp_path, monkeypatch):
+    url, config = f"file://{tmp_path}/runs/one", freeze(pyrit.get_config())
+    with Workdir(url, config) as killed:
+        write(killed.root, {"evaluation/generated.jsonl": "1\n", "metrics.jsonl": "not sent"})
+        killed.send_evaluation()
+        write(killed.root, {"evaluation/generated.jsonl": "1\n2\n"})
+        # Another machine sees what there would be after a kill.
+        monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "another machine"))
+        with Workdir(url, config) as workdir:
+            assert (workdir.evaluation / "generated.jsonl").read_text() == "1\n"
+            assert not workdir.metrics.exists()
+
+
+def test_a_local_work_directory_has_nothing_to_send(tmp_path):
+    with Workdir(tmp_path / "run", freeze(pyrit.get_config())) as workdir:
+        workdir.send_evaluation()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "lock",
+        "run.json",
+    }
 
 
 def test_a_remote_work_directory_is_the_same_on_another_machine(tmp_path, monkeypatch):

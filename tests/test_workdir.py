@@ -1,4 +1,7 @@
+import errno
+import fcntl
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -128,6 +131,17 @@ def test_one_process_at_a_time(tmp_path):
     visit(tmp_path)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = f"the file system of --workdir {tmp_path} has no locks ({os.strerror(number)}); give"
+    with pytest.raises(UserError, match=re.escape(message)):
+        visit(tmp_path)
+
+
 def test_another_config_is_refused_and_named(tmp_path):
     visit(tmp_path)
     message = (
@@ -141,11 +155,13 @@ def test_another_config_is_refused_and_named(tmp_path):
     visit(tmp_path)
 
 
-def test_evaluation_may_change(tmp_path):
+def test_evaluation_and_mesh_may_change(tmp_path):
     visit(tmp_path)
-    visit(tmp_path, **{"evaluation.max_new_tokens": 5})
+    visit(tmp_path, **{"evaluation.max_new_tokens": 5, "mesh.fsdp": 2})
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["evaluation"]["max_new_tokens"] == 5
+    commands = json.loads((tmp_path / "run.json").read_text())["commands"]
+    assert [command["mesh"]["fsdp"] for command in commands] == [config().mesh.fsdp, 2]
 
 
 def test_where_nothing_can_be_written(tmp_path):
@@ -158,7 +174,7 @@ def test_where_nothing_can_be_written(tmp_path):
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(UserError, match=r"config\.json is not JSON \(.+\); give another"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON \(.+\); put it back, or delete"):
         visit(tmp_path)
 
 

@@ -48,9 +48,11 @@ class BeaverTailsSource:
     """Answers of `330k_train`, or of a local file of the same format.
 
     An answer has one row for each annotator in the file and is one vote for each here. What most
-    call unsafe is a row in *every* domain that it was flagged with. What most call safe is one row,
-    in the domain that harmful answers to the same question were flagged with most. An answer that
-    anybody flagged as child_abuse is one row of that category alone, which no option lets train.
+    call unsafe is a row in each domain that at least half of those who found harm have flagged.
+    Where no domain has half, they disagree on what the harm is: the answer is one row without a
+    label, which is counted and trains no expert. What most call safe is one row, in the domain that
+    harmful answers to the same question were flagged with most. An answer that anybody flagged as
+    child_abuse is one row of that category alone, which no option lets train.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -82,20 +84,26 @@ class BeaverTailsSource:
         for (prompt, _), of in votes.items():
             asked.setdefault(prompt, collections.Counter()).update(of.flags)
         for (prompt, response), of in votes.items():
-            domains = of.domains
+            domains, label = of.domains, of.label
             if abuse := rules.CHILD_ABUSE_DOMAINS & of.flags.keys():
                 domains = sorted(abuse)
-            elif of.label != "unsafe":
-                asked_as = asked[prompt]
-                domains = [max(sorted(asked_as), key=asked_as.__getitem__, default=_UNFLAGGED)]
+            elif label != "unsafe":
+                domains = [_most(asked[prompt])]
+            elif not domains:
+                domains, label = [_most(of.flags)], None
             for domain in domains:
                 yield Row(
                     messages=({"role": "user", "content": prompt},),
                     response=response,
                     domain=domain,
-                    label=of.label,
+                    label=label,
                     source=f"{REPO} ({LICENSE})",
                 )
+
+
+def _most(flags: collections.Counter[str]) -> str:
+    """What was flagged most; of several the alphabetically first."""
+    return max(sorted(flags), key=flags.__getitem__, default=_UNFLAGGED)
 
 
 def _parse(value: dict[str, Any]) -> tuple[str, str, bool, list[str]]:

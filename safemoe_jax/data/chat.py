@@ -43,6 +43,18 @@ class Encoded:
         return Encoded(np.concatenate([prompt, response[:kept]]), len(prompt))
 
 
+class Unencodable(UserError):
+    """A conversation that the chat template does not take.
+
+    Attributes:
+      reason: why, without its text and without the template's own words.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class ChatFormat:
     """A tokenizer's chat template, with the answer told apart from the prompt.
 
@@ -94,11 +106,35 @@ class ChatFormat:
           conversations: (messages that end with a user turn, answer) pairs.
 
         Raises:
-          UserError: where the template hides the answer or changes the prompt before it.
+          Unencodable: where the template refuses the turns, hides the answer, or changes the prompt
+            before it.
         """
-        prompts = self._tokenize([self._prompt_text(messages) for messages, _ in conversations])
-        wholes = self._tokenize([self._whole_text(*pair) for pair in conversations])
-        return [self._split(*pair) for pair in zip(prompts, wholes, strict=True)]
+        encoded = []
+        for item in self.encode_each(conversations):
+            if isinstance(item, Unencodable):
+                raise item
+            encoded.append(item)
+        return encoded
+
+    def encode_each(
+        self, conversations: Sequence[tuple[Messages, str]]
+    ) -> list[Encoded | Unencodable]:
+        """Encodes what can be encoded; what cannot is the error that `encode_all` would raise."""
+        found: dict[int, Encoded | Unencodable] = {}
+        texts: dict[int, tuple[str, str]] = {}
+        for place, (messages, response) in enumerate(conversations):
+            try:
+                texts[place] = self._prompt_text(messages), self._whole_text(messages, response)
+            except Unencodable as error:
+                found[place] = error
+        prompts = self._tokenize([prompt for prompt, _ in texts.values()])
+        wholes = self._tokenize([whole for _, whole in texts.values()])
+        for place, prompt, whole in zip(texts, prompts, wholes, strict=True):
+            try:
+                found[place] = self._split(prompt, whole)
+            except Unencodable as error:
+                found[place] = error
+        return [found[place] for place in range(len(conversations))]
 
     def _prompt_text(self, messages: Messages) -> str:
         return self._render(messages, add_generation_prompt=True)
@@ -114,9 +150,10 @@ class ChatFormat:
             )
         except jinja2.TemplateError as error:
             roles = [message["role"] for message in messages]
-            raise UserError(
+            raise Unencodable(
+                "the chat template refuses its turns",
                 f"the chat template refuses turns {roles}: {error}; give the data the turns that "
-                "the base's template knows"
+                "the base's template knows",
             ) from error
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
@@ -126,25 +163,28 @@ class ChatFormat:
 
     def _split(self, prompt: list[int], whole: list[int]) -> Encoded:
         if not prompt:
-            raise UserError(
+            raise Unencodable(
+                "the chat template writes no prompt",
                 "the chat template renders no prompt, so every token would carry loss; use a "
-                "template that writes the user's turn and the generation prompt"
+                "template that writes the user's turn and the generation prompt",
             )
         if whole[: len(prompt)] != prompt:
             same = next(
                 (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
                 len(whole),
             )
-            raise UserError(
+            raise Unencodable(
+                "its prompt has other tokens once the answer follows",
                 f"the chat template changes the prompt once an answer follows: of {len(prompt)} "
                 f"prompt tokens the first {same} agree; use a template whose prompt with "
-                "add_generation_prompt=True begins the whole conversation"
+                "add_generation_prompt=True begins the whole conversation",
             )
         tokens = self._without_trailing_space(whole, len(prompt))
         if len(tokens) == len(prompt):
-            raise UserError(
+            raise Unencodable(
+                "the chat template writes no answer",
                 f"the chat template adds no answer after {len(prompt)} prompt tokens, so no token "
-                "would carry loss; use a template that writes the assistant's turn"
+                "would carry loss; use a template that writes the assistant's turn",
             )
         return Encoded(np.array(tokens, np.int32), len(prompt))
 

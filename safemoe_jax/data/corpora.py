@@ -41,7 +41,8 @@ from safemoe_jax.progress import console
 from safemoe_jax.remote import local_copy
 
 _ROWS = "rows"  # the one TFDS split; what a row may be used for is a feature
-_FORMAT = 1  # raise it when what is stored for the same source and settings changes
+# Raise it when what is stored for the same source and settings changes.
+_FORMATS = {"pyrit": 1, "beavertails": 2, "jsonl": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +375,9 @@ def _config(fingerprint: str) -> tfds.core.BuilderConfig:
 def _fingerprint(config: DataConfig, source: Source) -> str:
     settings = dataclasses.asdict(config)
     del settings["path"], settings["sequence_length"]  # the bytes count; packing comes later
-    text = json.dumps([_FORMAT, settings, source.sha256, rules.version()], sort_keys=True)
+    text = json.dumps(
+        [_FORMATS[config.corpus], settings, source.sha256, rules.version()], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -382,10 +385,10 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
     """Reads the source once, keeping prompts, places and counts, but no answers."""
     rejects: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
-    domains: collections.Counter[str] = collections.Counter()
     prompts: dict[str, None] = {}
-    kept: set[int] = set()
-    digests: set[bytes] = set()
+    # Rows that differ in label or source alone are one: the first's place, domain and label.
+    first: dict[bytes, tuple[int, str, Label | None]] = {}
+    repeated: collections.defaultdict[bytes, list[Label | None]] = collections.defaultdict(list)
     place = -1
     with replacing(rejects_path) as file:
         for row in source.rows():
@@ -396,11 +399,20 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
             place += 1
             # Dropped rows' prompts are grouped, too: the splits do not depend on the settings.
             prompts[rules.fold(row.prompt)] = None
-            if reason := _drop_reason(row, config.domains, digests):
+            if reason := _drop_reason(row, config.domains):
                 dropped[reason] += 1
+            elif (digest := _digest(row)) in first:
+                repeated[digest].append(row.label)
             else:
-                kept.add(place)
-                domains[row.domain] += 1
+                first[digest] = place, row.domain, row.label
+    for digest, labels in repeated.items():
+        if set(labels) == {first[digest][2]}:
+            dropped["duplicate"] += len(labels)
+        else:
+            dropped["labelled both safe and unsafe"] += len(labels) + 1
+            del first[digest]
+    kept = frozenset(place for place, _, _ in first.values())
+    domains = collections.Counter(domain for _, domain, _ in first.values())
     reasons = {**{f"rejected: {key}": n for key, n in rejects.items()}, **dropped}
     counts = {"rows": place + 1 + rejects.total(), "kept": len(kept), "dropped": reasons}
     _check(counts, domains, config)
@@ -410,7 +422,7 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
     groups = splits.group(names)
     return _Survey(
         source=source,
-        kept=frozenset(kept),
+        kept=kept,
         groups=dict(zip(names, groups.tolist(), strict=True)),
         splits=dict(zip(names, splits.split_of(names, groups), strict=True)),
         informative_min_characters=config.informative_min_characters,
@@ -418,8 +430,8 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
     )
 
 
-def _drop_reason(row: Row, domains: tuple[str, ...], digests: set[bytes]) -> str | None:
-    """Why a readable row is not kept, or None; remembers the row in `digests`."""
+def _drop_reason(row: Row, domains: tuple[str, ...]) -> str | None:
+    """Why a readable row is not kept, whatever others there are, or None."""
     texts = [message["content"] for message in row.messages]
     if reason := rules.hazard(row.domain, *texts, row.response):
         return reason
@@ -427,12 +439,13 @@ def _drop_reason(row: Row, domains: tuple[str, ...], digests: set[bytes]) -> str
         return "score between safe and unsafe"
     if row.domain not in domains:
         return "domain not configured"
-    key = json.dumps([row.domain, row.messages, row.response])
-    digest = hashlib.sha256(key.encode()).digest()
-    if digest in digests:
-        return "duplicate"
-    digests.add(digest)
     return None
+
+
+def _digest(row: Row) -> bytes:
+    """Of what a label is about: two rows of one digest are one, or contradict each other."""
+    key = json.dumps([row.domain, row.messages, row.response])
+    return hashlib.sha256(key.encode()).digest()
 
 
 def _check(counts: dict[str, Any], domains: collections.Counter[str], config: DataConfig) -> None:

@@ -1,4 +1,5 @@
-"""From examples to batches: tokenize once, pack by the plan, shuffle and shard by Grain.
+"""From a corpus to batches: leave out what has no tokens, tokenize once, pack by the plan, shuffle
+and shard by Grain.
 
 Shape letters: B rows in the batch, T tokens in a row, S segments in a row.
 
@@ -13,6 +14,7 @@ A batch is a dict of numpy arrays:
   example_ids_BS   int32    ids of the examples in the row's segments; -1 where there is none
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -27,11 +29,12 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from safemoe_jax.data.chat import ChatFormat, Encoded
-from safemoe_jax.data.corpora import Example
+from safemoe_jax.data.chat import ChatFormat, Encoded, Unencodable
+from safemoe_jax.data.corpora import Corpus, Example
 from safemoe_jax.data.packing import PackingPlan, plan
 from safemoe_jax.errors import UserError
-from safemoe_jax.progress import track
+from safemoe_jax.private_files import read_json_lines, replace_json_lines
+from safemoe_jax.progress import console, track
 from safemoe_jax.weights.artefact import file_digest
 
 Batch = dict[str, np.ndarray]
@@ -147,6 +150,57 @@ def write_segment(
     return stop
 
 
+def encodable(corpus: Corpus, chat: ChatFormat, directory: Path) -> Corpus:
+    """The corpus without the examples that the base's chat template does not take.
+
+    Some templates know no system turn, or want user and assistant to alternate. Such examples are
+    counted as dropped, and written to `directory`/unencodable-HASH.jsonl with id and reason, which
+    is also what keeps them from being looked for again.
+
+    Args:
+      corpus: as it was loaded.
+      chat: how a conversation becomes tokens.
+      directory: the data's.
+
+    Raises:
+      UserError: where no example of a domain is left.
+    """
+    tokenizer = chat.tokenizer
+    template = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
+    digest = hashlib.sha256(json.dumps([_FORMAT, template, corpus.fingerprint]).encode())
+    path = directory / f"unencodable-{digest.hexdigest()[:16]}.jsonl"
+    if not path.exists():
+        found = [
+            {"id": example.id, "reason": item.reason}
+            for example, item in _encoded(corpus.examples, chat, "try the chat template")
+            if isinstance(item, Unencodable)
+        ]
+        replace_json_lines(path, found)
+        if found:
+            console.print(f"{len(found)} rows left out by the chat template; id and reason: {path}")
+    reasons = {row["id"]: row["reason"] for row in read_json_lines(path)}
+    kept = tuple(example for example in corpus.examples if example.id not in reasons)
+    dropped = collections.Counter(f"rejected: {reason}" for reason in reasons.values())
+    left = {example.domain for example in kept}
+    if missing := [domain for domain in corpus.domains if domain not in left]:
+        raise UserError(
+            f"the base's chat template takes no row of {missing[0]!r}; of all rows it leaves out "
+            f"{dict(dropped)}; write them in turns that it knows, or take another base"
+        )
+    counts = {**corpus.counts, "kept": len(kept), "dropped": corpus.counts["dropped"] | dropped}
+    return dataclasses.replace(corpus, examples=kept, counts=counts)
+
+
+def _encoded(
+    examples: Sequence[Example], chat: ChatFormat, description: str
+) -> Iterator[tuple[Example, Encoded | Unencodable]]:
+    blocks = range(0, len(examples), _ENCODED_AT_ONCE)
+    for start in track(blocks, total=len(blocks), description=description):
+        block = examples[start : start + _ENCODED_AT_ONCE]
+        items = chat.encode_each([(example.messages, example.response) for example in block])
+        yield from zip(block, items, strict=True)
+
+
 def pack(
     examples: Sequence[Example],
     chat: ChatFormat,
@@ -170,8 +224,8 @@ def pack(
       directory: where the tokens and the plan are kept.
 
     Raises:
-      UserError: where there is no example, or the template does not fit (see `ChatFormat`); where
-        what was stored is not as it was written.
+      UserError: where there is no example, or the template does not take one (see `encodable`);
+        where what was stored is not as it was written.
     """
     if not examples:
         raise UserError(
@@ -308,14 +362,13 @@ def _build(
     """Tokenizes, plans and stores; the directory appears only when it is whole."""
     encoded: list[Encoded] = []
     counts = {"examples": len(examples), "responses_cut": 0, "prompts_cut": 0}
-    blocks = range(0, len(examples), _ENCODED_AT_ONCE)
-    for start in track(blocks, total=len(blocks), description="tokenize"):
-        block = examples[start : start + _ENCODED_AT_ONCE]
-        for item in chat.encode_all([(e.messages, e.response) for e in block]):
-            cut = item.cut_to(sequence_length)
-            counts["responses_cut"] += item.response_tokens > cut.response_tokens
-            counts["prompts_cut"] += item.response_start > cut.response_start
-            encoded.append(cut)
+    for _, item in _encoded(examples, chat, "tokenize"):
+        if isinstance(item, Unencodable):
+            raise item
+        cut = item.cut_to(sequence_length)
+        counts["responses_cut"] += item.response_tokens > cut.response_tokens
+        counts["prompts_cut"] += item.response_start > cut.response_start
+        encoded.append(cut)
 
     lengths = np.array([len(item.tokens) for item in encoded])
     stream_ids = [0 if streams is None else streams.index(e.domain) for e in examples]

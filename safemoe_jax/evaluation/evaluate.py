@@ -79,7 +79,8 @@ class Entry:
 class Asking:
     """What all systems have in common.
 
-    `made_of` names weights and settings that they come from.
+    `made_of` names weights and settings that they come from; `send` brings what is done to where
+    the work directory lies.
     """
 
     chat: ChatFormat
@@ -87,6 +88,7 @@ class Asking:
     seed: int
     made_of: str
     directory: Path
+    send: Callable[[], None]
 
 
 def measure(entries: Sequence[Entry], asking: Asking) -> tuple[list[Row], list[Row]]:
@@ -100,8 +102,8 @@ def measure(entries: Sequence[Entry], asking: Asking) -> tuple[list[Row], list[R
     """
     answers: list[Row] = []
     likelihoods: list[Row] = []
-    generated = _Kept(asking.directory / "generated.jsonl")
-    scored = _Kept(asking.directory / "likelihoods.jsonl")
+    generated = _Kept(asking.directory / "generated.jsonl", asking.send)
+    scored = _Kept(asking.directory / "likelihoods.jsonl", asking.send)
     for entry in entries:
         make = functools.cache(entry.make)  # and forgotten when its prompts are done
         benchmarks: dict[str, list[Prompt]] = {}
@@ -123,8 +125,8 @@ def measure(entries: Sequence[Entry], asking: Asking) -> tuple[list[Row], list[R
 class _Kept:
     """Rows that belong together, by key, in a file of JSON lines; a key has all rows or none."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, send: Callable[[], None]) -> None:
+        self._path, self._send = path, send
         self._rows: dict[str, list[Row]] = {}
         # Several processes must compute alike, and do not see the file change at one moment.
         for part in read_json_lines(path) if jax.process_count() == 1 else []:
@@ -135,6 +137,7 @@ class _Kept:
             self._rows[key] = make()
             if is_first():
                 append_json(self._path, {"key": key, "rows": self._rows[key]})
+                self._send()
         return self._rows[key]
 
 

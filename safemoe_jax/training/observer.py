@@ -207,7 +207,7 @@ def _memory() -> dict[str, float]:
 
 
 def _by_name(key: str, values: Any, names: Sequence[str]) -> dict[str, float]:
-    """{key: mean, key/name: value}, of what is finite: a loss over no tokens has no entry."""
+    """{key: mean, key/name: value}, of what is finite: JSON has no other numbers."""
     values = np.atleast_1d(np.asarray(values, np.float64))
     row = {key: float(np.mean(values))}
     if len(names) > 1:

@@ -46,7 +46,8 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_optimizer(config: AdamWConfig, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW (arXiv 1711.05101) with linear warm-up, then the named decay to zero."""
+    """Clipped AdamW (arXiv 1711.05101) with linear warm-up to the learning rate; from there it
+    stays ("constant") or falls to zero with the last step ("linear", "cosine")."""
     decay = max(steps - config.warmup_steps, 1)
     rate = config.learning_rate
     after = {

@@ -50,7 +50,7 @@ def expert_train_step(
       accumulation: microbatches that the rows are cut into.
 
     Returns:
-      The new state, and loss_E [nats per token], tokens_E, gradient_norm_E.
+      The new state, and loss_E [nats per token; 0 without a token], tokens_E, gradient_norm_E.
     """
     tokens_E = _sum_by_expert(batch["loss_mask_BT"].sum(axis=1), batch, model.num_experts)
 

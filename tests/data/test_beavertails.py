@@ -83,6 +83,19 @@ def test_annotators_of_an_answer_vote(tmp_path):
     ]
 
 
+def test_harm_whose_kind_is_disputed_is_one_row_without_a_label(tmp_path):
+    kinds = ("privacy_violation", "hate_speech,offensive_language", "animal_abuse")
+    votes = [row("Cats?", "They hiss.", kind) for kind in kinds]
+    assert of(rows(tmp_path, *votes)) == [("They hiss.", "animal_abuse", None)]
+    assert of(rows(tmp_path, *votes[:2])) == [
+        ("They hiss.", "privacy_violation", "unsafe"),  # each by half
+        ("They hiss.", "hate_speech_offensive_language", "unsafe"),
+    ]
+    path = write(tmp_path / "both.jsonl.xz", *votes, row("Dogs?", "They bark.", "animal_abuse"))
+    corpus = load_corpus(config(path, "animal_abuse"), tmp_path / "data")
+    assert corpus.counts["dropped"] == {"score between safe and unsafe": 1}
+
+
 @pytest.mark.parametrize("others", [(), ("animal_abuse",)])
 def test_what_anybody_flags_as_child_abuse_is_in_no_other_domain(tmp_path, others):
     found = rows(

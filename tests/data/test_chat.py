@@ -1,9 +1,12 @@
+import json
 import re
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from safemoe_jax.data.chat import ChatFormat, colored
+from safemoe_jax.data.chat import ChatFormat, Encoded, Unencodable, colored
 from safemoe_jax.data.pipeline import pack
 from safemoe_jax.errors import UserError
 
@@ -51,6 +54,42 @@ def test_many_encode_like_one(tokenizer):
     for pair, encoded in zip(pairs, chat.encode_all(pairs), strict=True):
         assert encoded.tokens.tolist() == chat.encode(*pair).tokens.tolist()
         assert encoded.response_start == chat.encode(*pair).response_start
+
+
+def test_what_cannot_be_encoded_does_not_stop_the_others(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system: ' + "
+        "messages[0]['content']) }}{% endif %}" + tokenizer.chat_template
+    )
+    chat = ChatFormat(tokenizer)
+    system = ({"role": "system", "content": "secret"}, *MESSAGES)
+    pairs = [(MESSAGES, "Light."), (system, "Light."), (MESSAGES, "Rain.")]
+    first, refused, last = chat.encode_each(pairs)
+    assert isinstance(first, Encoded) and isinstance(last, Encoded)
+    assert last.tokens.tolist() == chat.encode(MESSAGES, "Rain.").tokens.tolist()
+    assert isinstance(refused, Unencodable)
+    assert refused.reason == "the chat template refuses its turns"
+    with pytest.raises(UserError, match=r"refuses turns \['system', 'user'\]: no system"):
+        chat.encode_all(pairs)
+
+
+def test_an_answer_that_merges_with_the_prompt_is_told(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["aL"] = len(state["model"]["vocab"])
+    state["model"]["merges"] = [["a", "L"]]
+    merging = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        chat_template=tokenizer.chat_template,
+    )
+    chat = ChatFormat(merging)
+    merged, apart = chat.encode_each([(MESSAGES, "Light."), (MESSAGES, "light.")])
+    assert isinstance(merged, Unencodable)
+    assert merged.reason == "its prompt has other tokens once the answer follows"
+    assert merging.decode(apart.tokens[apart.response_start :]) == "light."
 
 
 @pytest.mark.parametrize(

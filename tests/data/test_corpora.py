@@ -145,6 +145,27 @@ def test_bad_and_dropped_rows_are_counted_and_bad_ones_listed(tmp_path):
     assert stat.S_IMODE(rejects.parent.stat().st_mode) == 0o700
 
 
+def test_rows_whose_labels_contradict_each_other_are_dropped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        line("Hi?", label="safe"),
+        line("Ho?", label="unsafe"),
+        line("Hi?", label="safe", source="another"),
+        line("Hi?", label="unsafe"),
+        line("Ho?", label="unsafe"),
+        line("Hi?", label="safe", response="No."),
+        line("Hi?", label="unsafe", domain="pears"),
+    ]
+    path.write_text("\n".join(lines))
+    corpus = load_corpus(config("jsonl", path, ("apples", "pears")), tmp_path / "data")
+    assert corpus.counts == {
+        "rows": 7,
+        "kept": 3,
+        "dropped": {"labelled both safe and unsafe": 3, "duplicate": 1},
+    }
+    assert [example.id for example in corpus.examples] == [1, 5, 6]
+
+
 def test_a_changed_source_or_setting_is_built_anew(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(line("Hi?"))

@@ -1,10 +1,12 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from safemoe_jax.data.chat import ChatFormat
-from safemoe_jax.data.pipeline import epoch, pack, train_iterator
+from safemoe_jax.data.corpora import Corpus
+from safemoe_jax.data.pipeline import encodable, epoch, pack, train_iterator
 from safemoe_jax.errors import UserError
 
 DOMAINS = ("apples", "pears", "plums")
@@ -90,9 +92,9 @@ def test_long_rows_lose_the_answers_end_then_the_prompts_left(
 
 def test_second_pack_reads_what_the_first_stored(tokenizer, examples, packed, tmp_path):
     class Deaf(ChatFormat):
-        def encode_all(self, conversations):
+        def encode_each(self, conversations):
             assert len(conversations) == 1, "only the probe may be tokenized again"
-            return super().encode_all(conversations)
+            return super().encode_each(conversations)
 
     again = pack(examples, Deaf(tokenizer), LENGTH, 0, streams=DOMAINS, directory=tmp_path)
     assert again.tokens == packed.tokens
@@ -114,6 +116,61 @@ def test_what_changed_on_the_disk_is_refused(tokenizer, examples, tmp_path, name
     (stored / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{stored} is damaged \(.*\); delete it"):
         pack(*arguments, streams=DOMAINS, directory=tmp_path)
+
+
+@pytest.fixture
+def no_system(tokenizer):
+    """Of a base whose template knows no system turn, as Gemma's."""
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    return ChatFormat(tokenizer)
+
+
+def corpus_of(examples):
+    counts = {"rows": 70, "kept": len(examples), "dropped": {"duplicate": 10}}
+    return Corpus(tuple(examples), counts, "0123", DOMAINS, source=None)
+
+
+def with_system(example):
+    turn = {"role": "system", "content": "secret"}
+    return dataclasses.replace(example, messages=(turn, *example.messages))
+
+
+def test_rows_that_the_template_refuses_are_left_out_and_counted(
+    examples, no_system, tmp_path, monkeypatch, capsys
+):
+    odd = [with_system(e) if e.id in (12, 40) else e for e in examples]
+    left = encodable(corpus_of(odd), no_system, tmp_path)
+    assert left.examples == tuple(e for e in examples if e.id not in (12, 40))
+    assert left.counts == {
+        "rows": 70,
+        "kept": 58,
+        "dropped": {"duplicate": 10, "rejected: the chat template refuses its turns": 2},
+    }
+    (path,) = tmp_path.glob("unencodable-*.jsonl")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"id": number, "reason": "the chat template refuses its turns"} for number in (12, 40)
+    ]
+    said = capsys.readouterr().out
+    assert f"2 rows left out by the chat template; id and reason: {path}" in said
+    assert pack(left.examples, no_system, LENGTH, 0, streams=DOMAINS, directory=tmp_path).num_rows
+
+    monkeypatch.setattr(ChatFormat, "encode_each", lambda *_: pytest.fail("looked for again"))
+    assert encodable(corpus_of(odd), no_system, tmp_path) == left
+
+
+def test_a_domain_of_which_the_template_takes_nothing_is_refused(examples, no_system, tmp_path):
+    odd = [with_system(e) if e.domain == "pears" else e for e in examples]
+    message = "template takes no row of 'pears'; .*refuses its turns': 20.*; write them in turns"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            encodable(corpus_of(odd), no_system, tmp_path)
+
+
+def test_a_corpus_that_the_template_takes_stays_as_it_is(examples, no_system, tmp_path):
+    assert encodable(corpus_of(examples), no_system, tmp_path) == corpus_of(examples)
 
 
 def test_batches_hold_equally_many_rows_of_every_stream_in_order(packed):

@@ -1,5 +1,8 @@
 import collections
 import hashlib
+import itertools
+
+import numpy as np
 
 from safemoe_jax.data import splits
 
@@ -16,6 +19,46 @@ def test_groups_are_closed_under_near_duplication():
     chain = [" ".join(words[i : i + 30]) for i in (0, 4, 8)]
     assert splits.group([chain[0], chain[2]]).tolist() == [0, 1]
     assert splits.group(chain).tolist() == [0, 0, 0]
+
+
+def similarity(one: set, other: set) -> float:
+    """Jaccard's."""
+    return len(one & other) / len(one | other)
+
+
+def test_groups_are_those_of_comparing_every_pair():
+    rng = np.random.default_rng(0)
+    prompts, pairs, near = [], [], []
+    for _ in range(500):
+        words = rng.integers(0, 5000, rng.integers(20, 60))
+        changed = rng.choice(len(words), rng.integers(1, 8), replace=False)
+        told = np.where(np.isin(np.arange(len(words)), changed), words + 5000, words)
+        both = [list(map(str, each)) for each in (words, told)]
+        word_pairs = [set(itertools.pairwise(each)) for each in both]
+        if 0.68 <= (found := similarity(*word_pairs)) <= 0.85:
+            prompts += map(" ".join, both)
+            pairs += word_pairs
+            near.append(found)
+    assert sum(0.7 <= found < 0.78 for found in near) > 50 and min(near) < 0.7
+    expected = list(range(len(prompts)))
+    for old, new in itertools.combinations(range(len(prompts)), 2):
+        if expected[old] != expected[new] and similarity(pairs[old], pairs[new]) >= 0.7:
+            first, last = sorted((expected[old], expected[new]))
+            expected = [first if group == last else group for group in expected]
+    assert splits.group(prompts).tolist() == expected
+
+
+def test_prompts_from_one_template_are_compared_once_each(monkeypatch):
+    compared, alike = [], splits._alike
+
+    def counted(one, other):
+        compared.append(1)
+        return alike(one, other)
+
+    monkeypatch.setattr(splits, "_alike", counted)
+    prompts = [f"{LONG} number {i}" for i in range(1200)]
+    assert set(splits.group(prompts).tolist()) == {0}
+    assert len(compared) == len(prompts) - 1
 
 
 def test_short_prompts_have_groups_of_their_own():

@@ -112,7 +112,7 @@ def systems():
 
 
 def asking(directory, made_of="bundle", **changes):
-    return Asking(CHAT, dataclasses.replace(CONFIG, **changes), 5, made_of, directory)
+    return Asking(CHAT, dataclasses.replace(CONFIG, **changes), 5, made_of, directory, lambda: None)
 
 
 def answer(systems, directory, **changes):

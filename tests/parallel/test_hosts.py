@@ -175,6 +175,28 @@ def test_a_checkpoint_goes_on_in_another_layout_with_every_example_as_often_as_p
     assert ids(stopped, slice(saved)) + ids(tmp_path) == ids(alone)
 
 
+def test_the_same_command_goes_on_from_its_checkpoint_on_another_mesh(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "cache"))
+    tiny.write_base(tmp_path / "base")
+    tiny.write_corpus(tmp_path / "corpus.jsonl")
+    tiny.write_experiment(tmp_path / "tiny.py", tmp_path / "base", tmp_path / "corpus.jsonl")
+    command = ["train-experts", "--config", str(tmp_path / "tiny.py")]
+    command += ["--workdir", str(tmp_path / "run")]
+
+    def by_step():
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return {(r["step"], r["split"]): r["loss"] for r in map(json.loads, lines)}
+
+    assert cli.main(command) == 0
+    alone, checkpoints = by_step(), tmp_path / "run" / "experts" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"2", "4"}
+    shutil.rmtree(checkpoints / "4")
+    assert cli.main([*command, "--config.mesh.fsdp=2"]) == 0
+    found = by_step()
+    assert found.keys() == alone.keys()
+    np.testing.assert_allclose(list(found.values()), [alone[key] for key in found], rtol=1e-4)
+
+
 def test_a_run_started_on_one_host_of_several_says_what_to_do(tmp_path):
     call = "from safemoe_jax.parallel.hosts import connect; connect(timeout_seconds=3)"
     for index in range(2):
