@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -191,8 +192,12 @@ def test_json_is_replaced_whole(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])
-def test_a_damaged_file_of_the_directory_is_named(tmp_path, name, content):
-    visit(tmp_path)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{tmp_path / name} .*; .* delete it"):
-        visit(tmp_path)
+def test_a_damaged_file_of_the_directory_is_named_and_its_remedy_helps(tmp_path, name, content):
+    root = tmp_path / "run"
+    visit(root)
+    (root / name).write_bytes(content)
+    remedy = {"config.json": f"put it back, or delete {root}", "run.json": "delete it"}[name]
+    with pytest.raises(UserError, match=rf"{root / name} .*; {remedy}"):
+        visit(root)
+    shutil.rmtree(root) if name == "config.json" else (root / name).unlink()
+    visit(root)

@@ -107,7 +107,7 @@ class PackedCorpus:
         """A row of padding."""
         return {
             **empty_tokens((self.sequence_length,)),
-            "expert_ids_B": np.int32(0),
+            "expert_ids_B": np.array(0, np.int32),
             "example_ids_BS": np.full(self.plan.max_segments, -1, np.int32),
         }
 
@@ -382,7 +382,9 @@ def _build(
             response_starts=np.array([item.response_start for item in encoded], np.int32),
             example_ids=np.array([e.id for e in examples], np.int32),
         )
-        plan(lengths, stream_ids, sequence_length, seed).save(partial / "plan.npz")
+        plan(lengths, np.array(stream_ids, np.int64), sequence_length, seed).save(
+            partial / "plan.npz"
+        )
         (partial / "counts.json").write_text(json.dumps(counts))
         digests = {file.name: file_digest(file) for file in partial.iterdir()}
         (partial / _DIGESTS).write_text(json.dumps(digests))

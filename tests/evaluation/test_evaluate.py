@@ -111,13 +111,28 @@ def systems():
     return [made("base"), made("safemoe", gated=True)]
 
 
-def asking(directory, made_of="bundle", **changes):
-    return Asking(CHAT, dataclasses.replace(CONFIG, **changes), 5, made_of, directory, lambda: None)
+def asking(directory, made_of="bundle", send=lambda: None, **changes):
+    return Asking(CHAT, dataclasses.replace(CONFIG, **changes), 5, made_of, directory, send)
 
 
 def answer(systems, directory, **changes):
     answers, _ = measure([each.entry for each in systems], asking(directory, **changes))
     return answers
+
+
+def test_each_part_is_sent_once_it_is_done(systems, tmp_path):
+    """A work directory may lie elsewhere, and a process be killed."""
+    path, sent = tmp_path / "generated.jsonl", []
+
+    def send():
+        sent.append(len(path.read_text().splitlines()))
+
+    measure([each.entry for each in systems], asking(tmp_path, send=send))
+    assert len(sent) > 1 and sorted(set(sent)) == list(range(sent[0], sent[-1] + 1))
+    assert sent[-1] == len(path.read_text().splitlines())
+    done = list(sent)
+    measure([each.entry for each in systems], asking(tmp_path, send=send))
+    assert sent == done  # nothing was new
 
 
 def test_every_system_answers_every_prompt_in_order(systems, tmp_path):
