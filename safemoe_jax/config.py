@@ -117,7 +117,7 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW with linear warm-up and the named decay to zero."""
+    """AdamW with linear warm-up; then its rate stays, or falls to zero as named."""
 
     learning_rate: float
     schedule: Literal["constant", "linear", "cosine"]
