@@ -165,7 +165,7 @@ class LoopTrial:
         try:
             states = self.loops.run(self.root, noted)
         except Exception as error:
-            _end_writers()
+            _until_quiet(self.root)
             message = explanation(error)
             self.starts.append(message or repr(error))
             if message is None:
@@ -194,11 +194,15 @@ class LoopTrial:
         return "message" if said else "identical"
 
 
-def _end_writers() -> None:
-    """Waits for what a save that was given up has left running, as the end of a process does."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(60)
+def _until_quiet(root: Path) -> None:
+    """Waits until nobody writes there: in a process of its own, a save that was given up would have
+    ended with it."""
+    seen, now = None, {}
+    while now != seen:
+        seen, now = now, {}
+        time.sleep(0.1)
+        for directory, _, names in os.walk(root):
+            now[directory] = sorted(names)
 
 
 def explanation(error: Exception) -> str | None:
