@@ -391,7 +391,8 @@ def _check(config: Config) -> None:
             raise UserError(f"config.{key} is {value}; it must be greater than 0")
     for key, (value, first, end) in ranges.items():
         if not first <= value < end:
-            raise UserError(f"config.{key} is {value}; it must be at least {first} and below {end}")
+            below = f" and below {end}" if end < math.inf else ""
+            raise UserError(f"config.{key} is {value}; it must be at least {first}{below}")
     if config.evaluation.top_p > 1:
         raise UserError(f"config.evaluation.top_p is {config.evaluation.top_p}; 1 keeps all")
 

@@ -68,7 +68,7 @@ def export_for_humans(
         writer = csv.writer(file)
         writer.writerow(("id", "prompt", "answer", *LABELS))
         for content in drawn:
-            # A spreadsheet takes neither of its letters for a number's, and cuts no zeros off.
+            # No spreadsheet takes it for a number, which it would write in its own way.
             name = names.get(content) or f"x{secrets.token_hex(4)}"
             whose = [system for system, contents in systems.items() if content in contents]
             key[name] = {"content": content, "systems": whose}
