@@ -16,7 +16,7 @@ setup(
     package_data={
         "safemoe_jax": [
             *("**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "**/*.tex", "**/*.toml"),
-            "**/MIT.txt",
+            *("**/*.md", "**/MIT.txt"),
         ]
     },
     install_requires=[
@@ -87,7 +87,7 @@ setup(
         "parity": ["torch", "peft", "lm-eval>=0.4.13"],
     },
     entry_points={
-        "console_scripts": ["safemoe = safemoe_jax.cli:main"],
+        "console_scripts": ["safemoe = safemoe_jax.cli:entry"],
         "lm_eval.models": ["safemoe = safemoe_jax.serving.harness:SafeMoELM"],
     },
 )

@@ -4,8 +4,10 @@ Exit codes: 0 done; 1 failed; 2 the user's mistake, in one line; 75 interrupted,
 """
 
 import argparse
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -58,6 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"interrupted{remedy}", EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def entry() -> NoReturn:
+    """The console command.
+
+    A save that failed can leave a thread of Orbax behind that waits ten minutes for what will not
+    come. The process does not: its message is said, and who started it wants the exit code.
+    """
+    code = main()
+    left = [one for one in threading.enumerate() if type(one).__module__.startswith("orbax.")]
+    if code and left:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -489,4 +506,4 @@ def _refuse_rest(verb: str, rest: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -302,6 +302,22 @@ def test_sigterm_then_ctrl_c_then_to_the_end(safemoe, home, tmp_path):
     assert trained() == list(range(1, steps + 1))
 
 
+def test_a_failed_command_waits_for_no_thread_of_a_save_that_was_given_up():
+    script = (
+        "import threading\n"
+        "from safemoe_jax import cli\n"
+        "class Waits(threading.Thread):\n"
+        "    __module__ = 'orbax.checkpoint'\n"
+        "    def run(self):\n"
+        "        threading.Event().wait()\n"
+        "Waits().start()\n"
+        "cli.main = lambda: print('said') or 1\n"
+        "cli.entry()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, b"said\n")
+
+
 # generate
 
 

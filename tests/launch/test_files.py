@@ -1,6 +1,7 @@
 """What no fake can run, against its own checker: scripts, manifests, image, lock files."""
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -143,3 +144,16 @@ def test_a_lock_file_holds_what_the_package_asks_for(kind):
         name = requirement.name.lower().replace("_", "-")
         assert requirement.specifier.contains(pins[name]), requirement
     assert {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}[kind] in pins
+
+
+def test_what_is_no_code_is_in_the_wheel_too(monkeypatch):
+    """An editable install finds it anyway. launch/test_packages.sh builds wheels and tries them."""
+    said = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **settings: said.update(settings))
+    runpy.run_path("setup.py")
+    package = ROOT / "safemoe_jax"
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    globs = said["package_data"]["safemoe_jax"]
+    packed = {path for glob in globs for path in package.glob(glob)} | set(package.rglob("*.py"))
+    assert {path.name for path in files - packed} == set()
