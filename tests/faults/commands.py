@@ -91,8 +91,10 @@ class Trial:
                 raise Broken(f"{key} differ silently: {found[key]}, without a fault {wanted}")
 
     def _follow(self, message: str) -> None:
-        """Deletes what the message names within the work directory, if it says so."""
-        paths = re.findall(rf"{re.escape(str(self.root))}/[\w./-]*\w", message)
+        """Deletes what the message says to, in the work directory: "delete PATH" or "PATH ...
+        delete it"."""
+        place = rf"{re.escape(str(self.root))}[\w./-]*\w"
+        paths = re.findall(rf"delete ({place})", message) or re.findall(place, message)
         if "delete" not in message or not paths:
             raise Broken(f"a message without a remedy that can be followed: {message}")
         path = Path(paths[-1])
