@@ -93,7 +93,7 @@ class Trial:
     def _follow(self, message: str) -> None:
         """Deletes what the message says to, in the work directory: "delete PATH" or "PATH ...
         delete it"."""
-        place = rf"{re.escape(str(self.root))}[\w./-]*\w"
+        place = rf"{re.escape(str(self.root))}(?:[\w./-]*\w)?"
         paths = re.findall(rf"delete ({place})", message) or re.findall(place, message)
         if "delete" not in message or not paths:
             raise Broken(f"a message without a remedy that can be followed: {message}")
