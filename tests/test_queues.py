@@ -108,7 +108,7 @@ def test_where_there_is_no_slurm(slurm, monkeypatch):
     with pytest.raises(UserError, match=r'submitit: Could not detect "srun".*another --backend'):
         slurm("true", "one")
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match="--backend slurm needs submitit; install it by"):
+    with pytest.raises(UserError, match="--backend slurm needs submitit; pip install"):
         slurm("true", "one")
 
 
