@@ -19,12 +19,10 @@ import openai
 import pytest
 
 from safemoe_jax import cli
-from safemoe_jax.inference import engine
-from safemoe_jax.inference.engine import Engine, Event
+from safemoe_jax.inference.engine import Event
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.serving import server as server_module
-from safemoe_jax.serving import service
 from safemoe_jax.serving.door import Door
 from safemoe_jax.serving.protocol import ChatBody
 from safemoe_jax.serving.server import Server, _bound, make_app
@@ -499,19 +497,3 @@ def test_an_engine_that_fails_tells_all_who_wait():
             await worker.close()
 
     asyncio.run(run())
-
-
-def test_the_largest_pass_is_tried_before_anybody_waits(loaded, monkeypatch):
-    """Else the first many long prompts at once would find out whether they fit into memory."""
-    monkeypatch.setattr(engine, "_TOKENS_AT_ONCE", {"cpu": 2 * LIMITS.max_length + 112})
-    read = []
-
-    class Watched(Engine):
-        def _prefill(self, group, slots, rows, length):
-            read.append((rows, length))
-            super()._prefill(group, slots, rows, length)
-
-    monkeypatch.setattr(service, "Engine", Watched)
-    service._work(loaded, LIMITS, lambda engine: None)
-    longest = engine.bucket(LIMITS.max_length - 1)
-    assert read == [(2, longest), (1, longest), (1, engine.bucket(1))]
