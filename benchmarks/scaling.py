@@ -1,6 +1,6 @@
 """How the cost of a step grows with experts, rank, length and batch, and where sparse would pay.
 
-    python benchmarks/scaling.py [--out benchmarks/images/scaling.png]
+    python benchmarks/scaling.py [--out scaling.html]
 
 On the embedded base's shape with random weights and fewer layers: growth is what is measured, and a
 layer grows like its model. Stage one gathers each row's own expert; stage two and decoding mix all
@@ -134,23 +134,26 @@ def main() -> None:
 
 
 def draw(curves, out: Path) -> None:
-    """One panel an axis, both stages, log-log."""
+    """One panel an axis, both stages, log-log: how many times as long a step takes as the first."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(cols=len(AXES), subplot_titles=list(AXES))
+    figure = make_subplots(cols=len(AXES), subplot_titles=list(AXES), shared_yaxes=True)
     for column, (axis, values) in enumerate(AXES.items(), start=1):
         for stage, color in (("experts", "#3b6fb6"), ("router", "#d1495b")):
+            times = np.array(curves[axis, stage])
             line = go.Scatter(
                 x=values,
-                y=curves[axis, stage],
+                y=times / times[0],
                 name=f"stage {stage}",
                 line_color=color,
                 showlegend=column == 1,
             )
             figure.add_trace(line, row=1, col=column)
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(type="log", title_text="seconds a step", col=1)
+        figure.update_xaxes(type="log", tickvals=values, row=1, col=column)
+    figure.update_yaxes(type="log", dtick="D2")
+    figure.update_yaxes(title_text="a step, times the first", col=1)
+    figure.update_layout(template="plotly_white")
     figure.write_html(out, include_plotlyjs=True)
 
 

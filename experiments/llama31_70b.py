@@ -10,8 +10,8 @@ Planned on 2026-11-27 by jax 0.10.2 and libtpu 0.0.42.1: 70,553,706,496 paramete
     topology   function       HBM GiB  TFLOPs  sent GB  compute s   HBM s   ICI s    MFU  tokens/s
     v5p:4x4x4  train-experts    15.81  812.01   547.56     1.7691  0.4707  0.9126  72.2%    74,090
     v5p:4x4x4  train-gate       13.63  817.46   546.96     1.7810  0.4803  0.9116  72.2%    73,596
-    v5p:4x4x4  prefill          10.87  289.48   275.04     0.6307  0.2062  0.4584  99.5%   207,830
-    v5p:4x4x4  decode           10.12    0.15   275.03     0.0003  0.2262  0.4584   0.1%       140
+    v5p:4x4x4  prefill          10.50  289.48   275.04     0.6307  0.2014  0.4584  99.5%   207,830
+    v5p:4x4x4  decode           10.59    0.15   275.03     0.0003  0.2257  0.4584   0.1%       140
 
 Hours at least: v5p:4x4x4 train-experts 0.25, train-gate 0.25, answers 1.70.
 """

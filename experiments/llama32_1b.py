@@ -10,8 +10,8 @@ Planned on 2026-11-27 by jax 0.10.2 and libtpu 0.0.42.1: 1,235,814,400 parameter
     topology  function       HBM GiB  TFLOPs  sent GB  compute s   HBM s   ICI s    MFU  tokens/s
     v5e:2x4   train-experts     1.71   30.00     4.00     0.1523  0.0418  0.0200  73.3%   215,163
     v5e:2x4   train-gate        1.57   30.57     3.97     0.1552  0.0453  0.0201  73.1%   211,189
-    v5e:2x4   prefill           1.53    4.44     2.21     0.0226  0.0058  0.0112  98.4%   726,140
-    v5e:2x4   decode            2.22    0.02     2.19     0.0001  0.0072  0.0110   1.1%     5,838
+    v5e:2x4   prefill           1.55    4.44     2.21     0.0226  0.0057  0.0112  98.4%   726,140
+    v5e:2x4   decode            2.24    0.02     2.19     0.0001  0.0071  0.0110   1.1%     5,838
 
 Hours at least: v5e:2x4 train-experts 0.02, train-gate 0.02, answers 0.04.
 """

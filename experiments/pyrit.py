@@ -2,14 +2,14 @@
 
     safemoe run --config experiments/pyrit.py
 
-Hardware: 2 CPU cores, 16 GiB of memory. Time: half an hour of training on two Xeon cores (AVX-512)
-beside other work.
+Hardware: 2 CPU cores, 8 GiB of memory. Time: 36 minutes on two Xeon cores (AVX-512), all stages
+and the report, with model and data still to be fetched and everything to be compiled.
 
-What came out (2026-11-26, commits a559850 to 82f15f6, one seed, 77 prompts): every expert has a
-lower NLL of its own domain's held-out harmful answers than base, by 0.10 to 0.25, and than the
-other experts on average. Safe answers' NLL is 2.538 under the base, 2.399 under the uniform
-mixture, 2.366 under SafeMoE, 2.404 under one LoRA of equal size. Judged safe: 72.7 % base, 74.0 %
-SafeMoE, intervals overlapping; refusals 16.9 % and 6.5 %.
+What came out (2026-11-27, commit 565cd38, one seed, 77 prompts): every expert has a lower NLL of
+its own domain's held-out harmful answers than base, by 0.10 to 0.25, and than the other experts
+on average. Safe answers' NLL is 2.538 under the base, 2.399 under the uniform mixture, 2.366
+under SafeMoE, 2.404 under one LoRA of equal size. Judged safe: 75.3 % base, 76.6 % SafeMoE,
+intervals overlapping; refusals 16.9 % and 6.5 %.
 """
 
 from ml_collections import ConfigDict

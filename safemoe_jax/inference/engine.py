@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safemoe_jax.model.cache import CACHE_AXES, Cache, extend
-from safemoe_jax.model.lora import Routing
+from safemoe_jax.model.lora import Routing, rounded
 from safemoe_jax.model.precision import AnyArray
 from safemoe_jax.model.transformer import Transformer, forward, logits
 from safemoe_jax.parallel.hosts import to_host
@@ -144,7 +144,7 @@ class Engine:
     def __init__(
         self, model: Transformer, variables: dict[str, Any], routing: Routing, slots: int
     ) -> None:
-        """Keeps references; nothing is compiled yet.
+        """Keeps references, and rounded experts; nothing is compiled yet.
 
         Args:
           model: the transformer.
@@ -152,6 +152,9 @@ class Engine:
           routing: how experts are mixed in; `None` is the base alone.
           slots: answers decoded at once; the mesh that is set may round it up.
         """
+        if routing is not None:
+            experts = rounded(variables["experts"], model.compute_dtype)
+            variables = {**variables, "experts": experts}
         self._model, self._variables, self._routing = model, variables, routing
         self._slots = whole_rows(slots)
         self._waiting: deque[Request] = deque()

@@ -28,7 +28,7 @@ from safemoe_jax.inference.engine import bucket, decode_step, prefill, rows_toge
 from safemoe_jax.model.attention import splash_block
 from safemoe_jax.model.cache import CACHE_AXES
 from safemoe_jax.model.flops import MultiplyAdds, num_params
-from safemoe_jax.model.lora import Routed
+from safemoe_jax.model.lora import Routed, rounded
 from safemoe_jax.model.quantization import PARAM_DTYPES
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
@@ -251,7 +251,7 @@ def _answer_job(
     name: str, config: Config, mesh: Mesh, model: Transformer, shapes: dict[str, Any]
 ) -> Job:
     """Prefill of as many prompts of a row's length as are read together, or one decode step of all
-    slots behind them; both beside the cache of all slots."""
+    slots behind them; both beside the cache of all slots, and the experts as they rest."""
     evaluation, spec = config.evaluation, model.spec
 
     def padded(length: int) -> int:
@@ -268,27 +268,31 @@ def _answer_job(
     cache = jax.eval_shape(lambda: model.empty_cache(slots, room))
     cache = with_shardings(cache, shardings(mesh, CACHE_AXES))
     count = MultiplyAdds.of(model, shapes)
+    resting = shapes["experts"]
+    placed = jax.tree.map(lambda leaf: leaf.sharding, resting)
+    computing = jax.eval_shape(lambda leaves: rounded(leaves, model.compute_dtype), resting)
+    variables = shapes | {"experts": with_shardings(computing, placed)}
 
     arguments: tuple[Any, ...]
     if name == "prefill":
         rows = together
 
-        def read(variables, tokens_BT, length_B, cache):
+        def read(variables, tokens_BT, length_B, cache, resting):
             own = model.empty_cache(rows, length)
             return prefill(model, variables, Routed(), tokens_BT, length_B, own)
 
         jitted = jax.jit(read, keep_unused=True)  # the slots' cache is there all the while
-        arguments = (shapes, tokens["tokens_BT"], tokens["length_B"], cache)
+        arguments = (variables, tokens["tokens_BT"], tokens["length_B"], cache, resting)
         per_token = count.layers + count.experts + count.router + count.attention(length)
         used = rows * (length * per_token + count.head)
     else:
         rows = slots
 
-        def decode(variables, token_B, cache):
+        def decode(variables, token_B, cache, resting):
             return decode_step(model, variables, Routed(), token_B, cache)
 
-        jitted = jax.jit(decode, donate_argnums=2)
-        arguments = (shapes, tokens["token_B"], cache)
+        jitted = jax.jit(decode, donate_argnums=2, keep_unused=True)
+        arguments = (variables, tokens["token_B"], cache, resting)
         attention = 2 * room * spec.num_heads * spec.head_dim * spec.num_layers
         used = rows * (count.matmuls + count.experts + count.router + attention)
     return Job(
@@ -298,6 +302,7 @@ def _answer_job(
         parts={
             "variables['params']": "base",
             "variables['experts']": "experts",
+            "resting": "experts",
             "variables['router']": "router",
             "cache": "cache",
             "": "batch",

@@ -9,7 +9,7 @@ import pytest
 from toys import ROUTER, SPEC, forward, toy_batch, toy_model, toy_variables
 
 from safemoe_jax.inference.engine import decode_step, prefill
-from safemoe_jax.model.lora import Gates, Routed
+from safemoe_jax.model.lora import Gates, Routed, rounded
 from safemoe_jax.model.transformer import Head, logits
 
 EVERY_FORM = pytest.mark.parametrize(
@@ -174,3 +174,16 @@ def test_logits_of_low_precision_states_are_float32():
     assert found.dtype == jnp.float32
     rounded = np.asarray(head.astype(jnp.bfloat16), np.float32)
     np.testing.assert_allclose(found, np.asarray(hidden, np.float32) @ rounded.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_experts_that_were_rounded_once_answer_bit_by_bit_as_before(compute_dtype):
+    model = toy_model(compute_dtype=jnp.dtype(compute_dtype))
+    variables = toy_variables(model)
+    once = variables | {"experts": rounded(variables["experts"], model.compute_dtype)}
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(once["experts"]))
+    before = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["experts"]))
+    assert size == before * model.compute_dtype.itemsize // 4
+    batch = toy_batch([[(3, 4)]], 8)
+    expected, found = (forward(model, leaves, batch, Routed()) for leaves in (variables, once))
+    np.testing.assert_array_equal(found[0], expected[0])
