@@ -64,6 +64,7 @@ class ChatFormat:
 
     Attributes:
       end_of_turn: id of the token that closes an answer.
+      ends: ids of the tokens at which decoding stops: this one, and the tokenizer's end of text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -85,6 +86,8 @@ class ChatFormat:
         self._closing = frozenset(tokenizer.added_tokens_decoder)
         self.end_of_turn = int(self.encode(*_PROBE).tokens[-1])
         self._closing &= {self.end_of_turn}
+        eos = tokenizer.eos_token_id
+        self.ends = frozenset({self.end_of_turn} | (set() if eos is None else {eos}))
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Token ids from which an answer to `messages` is generated."""

@@ -52,6 +52,7 @@ def test_an_answer_ends_before_what_a_template_writes_after_the_turn(tokenizer):
     )
     chat = ChatFormat(tokenizer)
     assert chat.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.ends == {chat.end_of_turn, tokenizer.eos_token_id}
     encoded = chat.encode(MESSAGES, "It scatters light.")
     assert tokenizer.decode(encoded.tokens[encoded.response_start :]) == (
         "It scatters light.<|im_end|>"
