@@ -1,5 +1,6 @@
 """Hugging Face directories that are broken, each in one way; parity is in tests/model."""
 
+import dataclasses
 import json
 import shutil
 
@@ -130,6 +131,14 @@ def test_a_saved_base_is_read_as_it_was(name, tmp_path):
     others = {"max_window_layers", "no_rope_layer_interval", "_name_or_path"}
     others |= {f"{role}_token_id" for role in ("bos", "eos", "pad")}
     assert {key for key in given if config[key] != given[key]} <= others
+
+
+def test_what_a_config_cannot_say_is_not_saved(small, tmp_path):
+    base = load(small)
+    spec = dataclasses.replace(base.spec, logit_softcap=30.0)  # Llama's config has no such key
+    with pytest.raises(UserError, match=r"transformers 5\.\S+ writes a config of .*30\.0"):
+        save(tmp_path, spec, base.weights.read(np.float32), base.tokenizer, ends=[0])
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
