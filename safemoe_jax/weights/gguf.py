@@ -61,6 +61,16 @@ _LLAMA3_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0
 _WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
 
 
+# What Gemma 2's first files leave out; llama.cpp takes these values for it, too.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "attention.sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+}
+
+
 class Field(NamedTuple):
     """A part of a block: what it holds, and the bytes that make this one in all of its weights."""
 
@@ -277,6 +287,7 @@ def _spec(metadata: Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> Model
     family = known[architecture]
 
     def optional(key: str, default: Any = None) -> Any:
+        default = _DEFAULTS.get(architecture, {}).get(key, default)
         return metadata.get(f"{architecture}.{key}", default)
 
     def needed(key: str) -> Any:

@@ -380,6 +380,21 @@ def test_gemmas_largest_models_divide_scores_by_another_width(tmp_path):
     assert read_spec(tmp_path / "x.gguf").query_scalar == 32 / 4
 
 
+def test_what_gemma2s_first_files_leave_out_is_what_llama_cpp_takes(tmp_path):
+    convert(small("gemma2", tmp_path / "gemma2"), tmp_path / "x.gguf")
+    left_out = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+    rewritten(tmp_path / "x.gguf", lambda _, x: [x.pop(f"gemma2.{key}") for key in left_out])
+    spec = read_spec(tmp_path / "x.gguf")
+    assert (spec.attention_softcap, spec.logit_softcap, spec.window) == (50.0, 30.0, 4096)
+
+
+def test_gemma3_without_a_window_is_refused(tmp_path):
+    convert(small("gemma3_text", tmp_path / "gemma3"), tmp_path / "x.gguf")
+    rewritten(tmp_path / "x.gguf", lambda _, x: x.pop("gemma3.attention.sliding_window"))
+    with pytest.raises(UserError, match="window is None"):
+        read_spec(tmp_path / "x.gguf")
+
+
 def test_smollm2_as_its_file_describes_it(smollm):
     tokenizer = smollm.tokenizer
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")

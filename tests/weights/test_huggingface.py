@@ -144,6 +144,9 @@ def test_what_a_config_cannot_say_is_not_saved(small, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("gemma2", {"sliding_window": None}, "window is None, no whole number from 1"),
+        ("gemma2", {"sliding_window": -5}, "window is -5, no whole number from 1"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "logit_softcap is -1.0, no number above 0"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_act 'gelu'"),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window True"),
