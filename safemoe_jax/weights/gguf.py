@@ -333,10 +333,12 @@ def _spec(metadata: Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> Model
 
 
 def _rope_scaling(optional, tensors, head_dim: int, theta: float) -> RopeScaling | None:
-    kind = optional("rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling(optional("rope.scaling.factor", 1.0))
-    if kind != "none":
+    # The format's own rules again: linear without a type, and an older name of the factor.
+    kind = optional("rope.scaling.type", "linear")
+    factor = optional("rope.scaling.factor", optional("rope.scale_linear")) or 1.0
+    if kind == "linear" and factor != 1.0:
+        return RopeScaling(factor)
+    if kind not in ("none", "linear"):
         raise UserError(f"rope scaling {kind!r} is not supported; use a model without it")
     if (tensor := tensors.get(_ROPE_FACTORS)) is None:
         return None
