@@ -31,7 +31,6 @@ from safemoe_jax.errors import Unreachable, UserError
 from safemoe_jax.private_files import replacing
 from safemoe_jax.progress import console
 
-
 # What the hub answers, what is not cached, and what the network does to its clients: the one for
 # Xet raises bare RuntimeErrors.
 HUB_ERRORS = (

@@ -181,7 +181,7 @@ def test_an_addresss_outages_are_no_mistakes(monkeypatch):
             raise urllib.error.HTTPError(url, status, "an answer", {}, None)
 
         monkeypatch.setattr("urllib.request.urlopen", refuse)
-        with pytest.raises(UserError, match="could not fetch https://x/rows.csv") as told:
+        with pytest.raises(UserError, match=r"could not fetch https://x/rows\.csv") as told:
             Url("https://x/rows.csv", "0" * 64).fetch()
         assert isinstance(told.value, Unreachable) == outage
 

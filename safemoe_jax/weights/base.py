@@ -28,9 +28,11 @@ EMBEDDED = {
     ),
 }
 
-# Weights, configs and tokenizers of the root; no pickle, no second copy in a sub-directory.
+# Weights, configs and tokenizers of the root; no pickle, no second copy in a sub-directory, nor
+# Mistral's beside the first.
 HUB_FILES: dict[str, Any] = dict(
-    allow_patterns=["*.safetensors", "*.json", "*.jinja", "README.md"], ignore_patterns=["*/*"]
+    allow_patterns=["*.safetensors", "*.json", "*.jinja", "README.md"],
+    ignore_patterns=["*/*", "consolidated*"],
 )
 
 
@@ -149,7 +151,10 @@ def _locate(source: str, *, fetch: bool) -> Path:
         )
     except HUB_ERRORS as error:
         if not fetch:
-            raise UserError(f"{source} is not fetched yet; run `safemoe fetch`") from error
+            raise UserError(
+                f"{source} is not fetched yet; run `safemoe fetch --config FILE "
+                f"--config.model.source={source}`, or `hf download {source}`"
+            ) from error
         remedy = (
             "check its name, your access and the network, or give a local directory or .gguf file"
         )

@@ -4,10 +4,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
-
+from huggingface_hub.utils import filter_repo_objects
 
 from safemoe_jax.errors import Unreachable, UserError
-from safemoe_jax.weights.base import fetch_base, load_base
+from safemoe_jax.weights.base import HUB_FILES, fetch_base, load_base
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -47,5 +47,11 @@ def test_unreached_hub_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Unreachable, match=r"could not fetch owner/name .*refused.*local directory"):
         fetch_base("owner/name")
-    with pytest.raises(UserError, match="owner/name is not fetched yet; run `safemoe fetch`"):
+    with pytest.raises(UserError, match=r"not fetched yet; .*, or `hf download owner/name`"):
         load_base("owner/name", "float32")
+
+
+def test_only_the_weights_that_are_read_are_fetched():
+    used = ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "onnx/config.json", "pytorch_model.bin"]
+    assert list(filter_repo_objects([*used, *others], **HUB_FILES)) == used
