@@ -95,6 +95,14 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
     path = _locate(source, fetch=False)
     reader = huggingface if path.is_dir() else gguf
     checkpoint = reader.load(path)
+    spec, tokenizer = checkpoint.spec, checkpoint.tokenizer
+    # Added tokens may be more, as Gemma 3's of 1B, which no text without images has.
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and its embedding "
+            f"{spec.vocab_size}: {tokenizer.convert_ids_to_tokens(spec.vocab_size)!r} has no "
+            "place there; bring the tokenizer that belongs to the weights"
+        )
     digests = [file_sha256(file) for file in checkpoint.files]
     sha256 = digests[0]
     if len(digests) > 1:
@@ -102,7 +110,7 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
     identity = BaseIdentity(source, sha256, checkpoint.license)
     weights = checkpoint.weights
     rests = weights.in_blocks() if param_dtype == "gguf" else PARAM_DTYPES[param_dtype]
-    return BaseModel(checkpoint.spec, checkpoint.tokenizer, identity, weights, rests)
+    return BaseModel(spec, tokenizer, identity, weights, rests)
 
 
 def read_spec(source: str) -> ModelSpec:

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import families
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
@@ -49,6 +50,19 @@ def test_unreached_hub_says_so(monkeypatch, tmp_path):
         fetch_base("owner/name")
     with pytest.raises(UserError, match=r"not fetched yet; .*, or `hf download owner/name`"):
         load_base("owner/name", "float32")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_embedding_is_refused(tmp_path):
+    directory = families.write("llama", tmp_path / "base")
+    size = load_base(str(directory), "float32").spec.vocab_size
+    families.tokenizer(size + 2).save_pretrained(directory)
+    with pytest.raises(UserError, match=f"has {size + 2} tokens and .* {size}: 'w{size}' has no"):
+        load_base(str(directory), "float32")
+    # An added token too many is Gemma 3's own.
+    tokenizer = families.tokenizer(size)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(directory)
+    assert len(load_base(str(directory), "float32").tokenizer) == size + 1
 
 
 def test_only_the_weights_that_are_read_are_fetched():
