@@ -36,6 +36,10 @@ HUB_FILES: dict[str, Any] = dict(
 )
 
 
+# The date that Llama 3.2's template writes where it is told none; the macro hides the function.
+_DATE = "{%- macro strftime_now(format) %}26 Jul 2024{%- endmacro %}"
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseIdentity:
     """Which base it is.
@@ -103,6 +107,7 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
             f"{spec.vocab_size}: {tokenizer.convert_ids_to_tokens(spec.vocab_size)!r} has no "
             "place there; bring the tokenizer that belongs to the weights"
         )
+    _stop_its_clock(tokenizer)
     digests = [file_sha256(file) for file in checkpoint.files]
     sha256 = digests[0]
     if len(digests) > 1:
@@ -111,6 +116,20 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
     weights = checkpoint.weights
     rests = weights.in_blocks() if param_dtype == "gguf" else PARAM_DTYPES[param_dtype]
     return BaseModel(spec, tokenizer, identity, weights, rests)
+
+
+def _stop_its_clock(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gives a chat template that writes today's date a fixed one, so that tokens are the same every
+    day. It stays in the template, and so in bundles and exports."""
+
+    def stopped(template: str) -> str:
+        return _DATE + template if "strftime_now" in template else template
+
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: stopped(text) for name, text in templates.items()}
+    elif templates:
+        tokenizer.chat_template = stopped(templates)
 
 
 def read_spec(source: str) -> ModelSpec:

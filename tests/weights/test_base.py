@@ -65,6 +65,13 @@ def test_a_tokenizer_of_more_tokens_than_the_embedding_is_refused(tmp_path):
     assert len(load_base(str(directory), "float32").tokenizer) == size + 1
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day(small):
+    template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}!"
+    (small / "chat_template.jinja").write_text(template)
+    tokenizer = load_base(str(small), "float32").tokenizer
+    assert tokenizer.apply_chat_template([{"role": "user"}], tokenize=False) == "26 Jul 2024!"
+
+
 def test_only_the_weights_that_are_read_are_fetched():
     used = ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
     others = ["consolidated.safetensors", "onnx/config.json", "pytorch_model.bin"]
