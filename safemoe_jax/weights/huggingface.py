@@ -374,7 +374,11 @@ def read_license(directory: Path) -> str:
     if not card.is_file():
         return UNKNOWN_LICENSE
     try:
-        return str(ModelCard.load(card).data.get("license") or UNKNOWN_LICENSE)
+        data = ModelCard.load(card).data
+        licence = data.get("license")
+        if licence == "other":  # whose name stands beside it
+            licence = data.get("license_name") or licence
+        return str(licence or UNKNOWN_LICENSE)
     except (ValueError, yaml.YAMLError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

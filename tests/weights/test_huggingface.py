@@ -189,6 +189,11 @@ def test_license_comes_from_the_model_card(small):
     assert load(small).license == "unknown"
     (small / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     assert load(small).license == "mit"
+    other = "---\nlicense: other\nlicense_name: qwen-research\n---\n# A model\n"
+    (small / "README.md").write_text(other)
+    assert load(small).license == "qwen-research"
+    (small / "README.md").write_text(other.replace("license_name: qwen-research\n", ""))
+    assert load(small).license == "other"
     (small / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n")
     with pytest.raises(UserError, match=r"README\.md has metadata that cannot be read \(while"):
         load(small)
