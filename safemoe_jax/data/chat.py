@@ -154,7 +154,8 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except jinja2.TemplateError as error:
+        # A ValueError: there are several templates, and none is the default.
+        except (jinja2.TemplateError, ValueError) as error:
             roles = [message["role"] for message in messages]
             raise Unencodable(
                 "the chat template refuses its turns",

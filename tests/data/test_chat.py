@@ -142,6 +142,7 @@ def test_an_answer_that_merges_with_the_prompt_is_told(tokenizer):
             "the first 0 agree",
         ),
         ("{{ raise_exception('no such role') }}", "no such role"),
+        ({"tool_use": "{{ messages }}", "rag": "{{ messages }}"}, "refuses turns .*no default"),
     ],
 )
 def test_a_template_without_a_usable_mask_is_refused(tokenizer, template, message):
