@@ -31,7 +31,7 @@ setup(
         "ml-collections>=1.1",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6",  # tensorflow-datasets needs it for a builder inside a package
-        "transformers>=5",  # tokenizers and chat templates only; no torch
+        "transformers>=5.4",  # tokenizers, chat templates and configs only; no torch
         "jinja2>=3.1",
         "tokenizers>=0.22",
         "safetensors>=0.6.2",

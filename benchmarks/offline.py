@@ -58,7 +58,7 @@ def main(directory: Path, length: int, batch_size: int) -> None:
     loaded = on_devices(directory, bundle)
     chat = ChatFormat(loaded.base.tokenizer)
     pairs = draw_questions(chat, min(length, bundle.spec.max_positions) - LONGEST)
-    sampler = Sampler(loaded.model, loaded.variables, Routed(), chat.end_of_turn)
+    sampler = Sampler(loaded.model, loaded.variables, Routed(), chat.ends)
     with jax.set_mesh(loaded.mesh):
         said = sampler.generate(
             [prompt for _, prompt in pairs],

@@ -103,7 +103,7 @@ def decode_seconds(
     """
     routing = Routed() if "router" in variables else None
     # A token that the vocabulary does not have: no answer ends early, the work is known.
-    sampler = Sampler(model, variables, routing, end_of_turn=-1)
+    sampler = Sampler(model, variables, routing, ends=frozenset({-1}))
 
     def generate(count: int) -> float:
         start = time.perf_counter()

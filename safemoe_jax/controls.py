@@ -249,7 +249,7 @@ class Controls:
         variables = {"params": experiment.params, **variables}
         longest = max(experiment.config.data.sequence_length, _SHORTEST_SCORED)
         return System(
-            sampler=Sampler(model, variables, routing, chat.end_of_turn),
+            sampler=Sampler(model, variables, routing, chat.ends),
             scorer=Scorer(model, variables, routing, chat, longest),
             routed=isinstance(routing, Routed),
             has_null=model.router.activation == "softmax_null",

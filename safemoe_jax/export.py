@@ -150,7 +150,7 @@ def export_merged(
     ]
     contents = _contents(directory, bundle, "merged", _MERGED, details)
     with new_artefact(out, EXPORT, contents) as scratch:
-        huggingface.save(scratch, bundle.spec, params, loaded.base.tokenizer, _ends(chat))
+        huggingface.save(scratch, bundle.spec, params, loaded.base.tokenizer, sorted(chat.ends))
         text = "Load it with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`."
         _write_card(scratch, contents, "SafeMoE's experts, merged", text, notes)
     for note in notes:
@@ -179,7 +179,7 @@ def export_transformers(directory: Path, out: Path, *, allow_ungated: bool) -> N
     }
     contents = _contents(directory, bundle, "transformers", _PORTABLE, details)
     with new_artefact(out, EXPORT, contents) as scratch:
-        write_portable(scratch, bundle, base, _ends(ChatFormat(base.tokenizer)))
+        write_portable(scratch, bundle, base, sorted(ChatFormat(base.tokenizer).ends))
         text = (
             f"Read {MODULE.name}, which is all the code here and is run only if you import it; "
             f"then, in this directory: `import {MODULE.stem}; model, tokenizer = "
@@ -258,16 +258,10 @@ def _given_gates(texts: Sequence[str], domains: Sequence[str]) -> np.ndarray | N
     return np.array([given.get(domain, 0.0) for domain in domains])
 
 
-def _ends(chat: ChatFormat) -> list[int]:
-    """Ids of the tokens that end an answer."""
-    ends = dict.fromkeys([chat.end_of_turn, chat.tokenizer.eos_token_id])
-    return [end for end in ends if end is not None]
-
-
 def _greedy(gated: Mixture, chat: ChatFormat, conversations) -> list[Answer]:
     """What the gated model says; gates it by its own router, so it needs no leave."""
     prompts = [chat.prompt_ids(messages) for messages in conversations]
-    generations = Sampler(*gated, chat.end_of_turn).generate(
+    generations = Sampler(*gated, chat.ends).generate(
         prompts,
         max_new_tokens=_ANSWER_TOKENS,
         temperature=0.0,

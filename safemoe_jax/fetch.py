@@ -10,17 +10,34 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Protocol
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
 
-from safemoe_jax.errors import UserError
+from safemoe_jax.errors import Unreachable, UserError
 from safemoe_jax.private_files import replacing
 from safemoe_jax.progress import console
+
+# What the hub answers, what is not cached, and what the network does to its clients: the one for
+# Xet raises bare RuntimeErrors.
+HUB_ERRORS = (
+    *(HTTPError, FileMetadataError, EntryNotFoundError, HFValidationError),
+    *(ConnectionError, TimeoutError, RuntimeError),
+)
+_TRY_AGAIN = (408, 429)  # the two answers of "no" that mean "not now"
 
 
 def cache_dir() -> Path:
@@ -62,6 +79,7 @@ class Origin(Protocol):
 
         Raises:
           UserError: where they cannot be had.
+          Unreachable: where perhaps another time.
         """
         ...
 
@@ -87,15 +105,32 @@ class Hub:
                 f"{self.repo} is gated: accept its terms on its page of the hub, then set HF_TOKEN "
                 "to a token of the account that did, or name a local copy"
             ) from error
-        # Both have OSError or Exception as their nearest common class: the hub out of reach and
-        # nothing cached, or an answer of the hub that says no.
-        except (EntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(
-                f"could not fetch {name} of {self.repo} from the hub ({reason}); check the "
-                "network, or name a local copy"
+        except HUB_ERRORS as error:
+            raise not_from_hub(
+                error, f"{name} of {self.repo}", "check the network, or name a local copy"
             ) from error
         return Path(path)
+
+
+def not_from_hub(error: Exception, what: str, remedy: str) -> UserError:
+    """A line on `what` the hub did not give: a mistake where it, or this machine's settings, said
+    no; else an outage, after which the same command may do.
+
+    Args:
+      error: one of `HUB_ERRORS`.
+    """
+    cause = error.__cause__ or error
+    refused = isinstance(cause, (HFValidationError, OfflineModeIsEnabled))
+    if isinstance(cause, HfHubHTTPError):
+        refused = _refused(cause.response.status_code)
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    return (UserError if refused else Unreachable)(
+        f"could not fetch {what} from the hub ({reason}); {remedy}"
+    )
+
+
+def _refused(status: int) -> bool:
+    return 400 <= status < 500 and status not in _TRY_AGAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +174,8 @@ class Url:
                     ):
                         shutil.copyfileobj(answer, file)
                 except (OSError, http.client.HTTPException) as error:
-                    raise UserError(
+                    told = isinstance(error, urllib.error.HTTPError) and _refused(error.code)
+                    raise (UserError if told else Unreachable)(
                         f"could not fetch {self.url} ({error}); check the network, or name a "
                         "local copy"
                     ) from error

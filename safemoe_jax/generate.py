@@ -74,7 +74,7 @@ def answer(
     chosen = _routing(routing, domains, allow_ungated)
     loaded = on_devices(directory, bundle)
     chat = ChatFormat(loaded.base.tokenizer)
-    sampler = Sampler(loaded.model, loaded.variables, chosen, chat.end_of_turn)
+    sampler = Sampler(loaded.model, loaded.variables, chosen, chat.ends)
     with jax.set_mesh(loaded.mesh):
         answers = sampler.generate(
             [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts],

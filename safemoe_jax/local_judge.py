@@ -103,7 +103,8 @@ class LocalJudge(AskedJudge):
         model = Transformer.from_config(self._config, base.spec, rests=base.rests)
         with jax.set_mesh(self._mesh):
             placed = base.placed(shardings(self._mesh, boxed_shapes(model)["params"]))
-            sampler = Sampler(model, {"params": placed}, None, base.tokenizer.eos_token_id)
+            ends = frozenset({base.tokenizer.eos_token_id})
+            sampler = Sampler(model, {"params": placed}, None, ends)
             for index, generation in sampler.as_they_end(
                 list(prompts.values()),
                 max_new_tokens=self.asked.template.max_tokens,

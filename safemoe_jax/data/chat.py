@@ -64,6 +64,7 @@ class ChatFormat:
 
     Attributes:
       end_of_turn: id of the token that closes an answer.
+      ends: ids of the tokens at which decoding stops: this one, and the tokenizer's end of text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -81,7 +82,12 @@ class ChatFormat:
                 "instruction-tuned base, or add chat_template to its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
+        # Any of them, until the probe, whose answer has none, shows which.
+        self._closing = frozenset(tokenizer.added_tokens_decoder)
         self.end_of_turn = int(self.encode(*_PROBE).tokens[-1])
+        self._closing &= {self.end_of_turn}
+        eos = tokenizer.eos_token_id
+        self.ends = frozenset({self.end_of_turn} | (set() if eos is None else {eos}))
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Token ids from which an answer to `messages` is generated."""
@@ -148,7 +154,8 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except jinja2.TemplateError as error:
+        # A ValueError: there are several templates, and none is the default.
+        except (jinja2.TemplateError, ValueError) as error:
             roles = [message["role"] for message in messages]
             raise Unencodable(
                 "the chat template refuses its turns",
@@ -179,7 +186,7 @@ class ChatFormat:
                 f"prompt tokens the first {same} agree; use a template whose prompt with "
                 "add_generation_prompt=True begins the whole conversation",
             )
-        tokens = self._without_trailing_space(whole, len(prompt))
+        tokens = self._up_to_its_end(whole, len(prompt))
         if len(tokens) == len(prompt):
             raise Unencodable(
                 "the chat template writes no answer",
@@ -188,14 +195,16 @@ class ChatFormat:
             )
         return Encoded(np.array(tokens, np.int32), len(prompt))
 
-    def _without_trailing_space(self, tokens: list[int], start: int) -> list[int]:
-        """Drops what a template writes after the end-of-turn token, such as a newline: the answer
-        has ended there, and nobody generates it."""
-        special = self.tokenizer.added_tokens_decoder
-        last = max((i for i in range(start, len(tokens)) if tokens[i] in special), default=None)
-        if last is None or self.tokenizer.decode(tokens[last + 1 :]).strip():
-            return tokens
-        return tokens[: last + 1]
+    def _up_to_its_end(self, tokens: list[int], start: int) -> list[int]:
+        """Drops what a template writes after the end-of-turn token, such as a newline or Phi-3's
+        eos_token: the answer has ended there, and nobody generates it."""
+        added, end = self.tokenizer.added_tokens_decoder, len(tokens)
+        for i in reversed(range(start, len(tokens))):
+            if tokens[i] in self._closing:
+                end = i + 1
+            elif tokens[i] not in added and self.tokenizer.decode([tokens[i]]).strip():
+                break
+        return tokens[:end]
 
 
 def colored(row: Mapping[str, np.ndarray], decode: Callable[[list[int]], str]) -> Text:

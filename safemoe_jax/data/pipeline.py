@@ -39,7 +39,7 @@ from safemoe_jax.weights.artefact import file_digest
 
 Batch = dict[str, np.ndarray]
 
-_FORMAT = 2  # raise it when what is stored for the same examples changes
+_FORMAT = 3  # raise it when what is stored for the same examples changes
 _ENCODED_AT_ONCE = 256
 _DIGESTS = "sha256.json"  # of the other files of a packed corpus
 _ENDLESS = 2**62

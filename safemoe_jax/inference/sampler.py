@@ -21,7 +21,7 @@ class Generation:
     """One answer.
 
     Attributes:
-      tokens: ids, without the end-of-turn token.
+      tokens: ids, without the token that ended it.
       finished: whether the model ended its turn within the limit.
       gates_TLE: the gates with which each of these tokens was processed; None for the base alone.
     """
@@ -35,7 +35,11 @@ class Sampler:
     """Generates with one system: a model, its collections, and a routing."""
 
     def __init__(
-        self, model: Transformer, variables: dict[str, Any], routing: Routing, end_of_turn: int
+        self,
+        model: Transformer,
+        variables: dict[str, Any],
+        routing: Routing,
+        ends: frozenset[int],
     ) -> None:
         """Keeps references; nothing is compiled yet.
 
@@ -43,10 +47,10 @@ class Sampler:
           model: the transformer.
           variables: its collections; `experts` and `router` may be absent if routing needs none.
           routing: how experts are mixed in; `None` is the base alone.
-          end_of_turn: the token that ends an answer.
+          ends: the tokens that end an answer.
         """
         self._model, self._variables, self._routing = model, variables, routing
-        self._end_of_turn = end_of_turn
+        self._ends = ends
 
     def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Generation]:
         """Answers prompts, in their order; settings and errors are those of `as_they_end`."""
@@ -91,12 +95,11 @@ class Sampler:
                 )
         slots = min(batch_size, len(prompts))
         engine = Engine(self._model, self._variables, self._routing, slots)
-        ends = frozenset([self._end_of_turn])
         said: dict[Request, list[Event]] = {}
         # Prompts of similar length are read together, and the cache shortens as it goes on.
         for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
             settings = (max_new_tokens, temperature, top_p, seed, index)
-            request = Request(prompts[index], ends, *settings)
+            request = Request(prompts[index], self._ends, *settings)
             engine.submit(request)
             said[request] = []
         for request in track(_ended(engine, said), total=len(prompts), description=description):

@@ -84,6 +84,9 @@ FAMILIES = {
 }
 
 
+_POSITIVE_OR_NONE = ("local_rope_theta", "query_scalar", "attention_softcap", "logit_softcap")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies were lowered for longer sequences.
@@ -174,10 +177,12 @@ class ModelSpec:
                 raise TypeError(f"{field.name} is {value!r}, no whole number from 1")
             if field.name in ("rope_theta", "norm_eps") and not _is_positive(value):
                 raise TypeError(f"{field.name} is {value!r}, no number above 0")
-            if field.name == "local_rope_theta" and value is not None and not _is_positive(value):
+            if field.name in _POSITIVE_OR_NONE and value is not None and not _is_positive(value):
                 raise TypeError(f"{field.name} is {value!r}, no number above 0")
         if self.family not in FAMILIES or not self.pattern:
             raise TypeError(f"family is {self.family!r} and pattern {self.pattern!r}")
+        if "local" in self.pattern and (type(self.window) is not int or self.window < 1):
+            raise TypeError(f"window is {self.window!r}, no whole number from 1")
 
     @property
     def traits(self) -> Family:

@@ -88,7 +88,7 @@ class SafeMoELM(TemplateLM):
             raise UserError(f"max_length is {max_length}; this base reads 2 to {longest} tokens")
         # Any, as to `ChatFormat`: what its methods return depends on their arguments.
         self.tokenizer: Any = self._loaded.base.tokenizer
-        self._end_of_turn = ChatFormat(self.tokenizer).end_of_turn
+        self._chat = ChatFormat(self.tokenizer)
         self._routing = _ROUTINGS[routing]
         self._slots = _SLOTS if str(batch_size).startswith("auto") else int(batch_size)
         self._info = {
@@ -109,7 +109,7 @@ class SafeMoELM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         eos = self.tokenizer.eos_token_id
-        return self._end_of_turn if eos is None else eos
+        return self._chat.end_of_turn if eos is None else eos
 
     @property
     def prefix_token_id(self) -> int:
@@ -237,8 +237,7 @@ class SafeMoELM(TemplateLM):
                 f"1 to {self.max_length - 1}"
             )
         prompt = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-        ends = frozenset([self.eot_token_id, self._end_of_turn])
-        request = Request(prompt, ends, most, temperature, top_p, seed=0, index=index)
+        request = Request(prompt, self._chat.ends, most, temperature, top_p, seed=0, index=index)
         return request, [stop for stop in stops if stop]
 
 

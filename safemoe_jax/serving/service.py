@@ -58,9 +58,6 @@ class Service:
         self.chat, self.domains, self.limits = ChatFormat(loaded.base.tokenizer), domains, limits
         self.draining = False
         self.worker = Worker(lambda serve: _work(loaded, limits, serve))
-        eos = loaded.base.tokenizer.eos_token_id
-        self._turn_ends = frozenset([self.chat.end_of_turn])
-        self._text_ends = self._turn_ends | (frozenset() if eos is None else {eos})
 
     def chat_requests(self, body: ChatBody) -> list[Request]:
         """Requests for `n` answers to a conversation.
@@ -73,7 +70,7 @@ class Service:
         except UserError as error:
             raise Refused(400, str(error), code="invalid_value", param="messages") from error
         given = body.max_completion_tokens or body.max_tokens
-        return self._requests(body, [prompt], given, self._turn_ends)
+        return self._requests(body, [prompt], given)
 
     def completion_requests(self, body: CompletionBody) -> list[Request]:
         """Requests for `n` answers to each of the prompts, which go in without a template.
@@ -90,9 +87,9 @@ class Service:
                     400, f"token ids go from 0 to {size - 1}", code="invalid_value", param="prompt"
                 )
             prompts.append(ids)
-        return self._requests(body, prompts, body.max_tokens, self._text_ends)
+        return self._requests(body, prompts, body.max_tokens)
 
-    def _requests(self, body, prompts, given: int | None, ends) -> list[Request]:
+    def _requests(self, body, prompts, given: int | None) -> list[Request]:
         limits = self.limits
         for prompt in prompts:
             most = min(limits.max_tokens, limits.max_length - len(prompt))
@@ -130,7 +127,7 @@ class Service:
         return [
             Request(
                 prompt,
-                ends,
+                self.chat.ends,
                 given or min(limits.max_tokens, limits.max_length - len(prompt)),
                 body.temperature,
                 body.top_p,

@@ -91,9 +91,8 @@ def chat(
                     style="yellow",
                 )
                 continue
-            ends = frozenset([speaker.format.end_of_turn])
             settings = (min(max_new_tokens, room), temperature, top_p, seed)
-            said = speaker.say(Request(prompt, ends, *settings))
+            said = speaker.say(Request(prompt, speaker.format.ends, *settings))
             if said.strip():
                 turns = [*asked, {"role": "assistant", "content": said}]
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerFast
 
 from safemoe_jax.errors import UserError
-from safemoe_jax.fetch import file_sha256, wheel_member
+from safemoe_jax.fetch import HUB_ERRORS, file_sha256, not_from_hub, wheel_member
 from safemoe_jax.model.quantization import PARAM_DTYPES, ParamDtype
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.remote import local_copy
@@ -29,10 +28,16 @@ EMBEDDED = {
     ),
 }
 
-# Weights, configs and tokenizers of the root; no pickle, no second copy in a sub-directory.
+# Weights, configs and tokenizers of the root; no pickle, no second copy in a sub-directory, nor
+# Mistral's beside the first.
 HUB_FILES: dict[str, Any] = dict(
-    allow_patterns=["*.safetensors", "*.json", "*.jinja", "README.md"], ignore_patterns=["*/*"]
+    allow_patterns=["*.safetensors", "*.json", "*.jinja", "README.md"],
+    ignore_patterns=["*/*", "consolidated*"],
 )
+
+
+# The date that Llama 3.2's template writes where it is told none; the macro hides the function.
+_DATE = "{%- macro strftime_now(format) %}26 Jul 2024{%- endmacro %}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,15 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
     path = _locate(source, fetch=False)
     reader = huggingface if path.is_dir() else gguf
     checkpoint = reader.load(path)
+    spec, tokenizer = checkpoint.spec, checkpoint.tokenizer
+    # Added tokens may be more, as Gemma 3's of 1B, which no text without images has.
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and its embedding "
+            f"{spec.vocab_size}: {tokenizer.convert_ids_to_tokens(spec.vocab_size)!r} has no "
+            "place there; bring the tokenizer that belongs to the weights"
+        )
+    _stop_its_clock(tokenizer)
     digests = [file_sha256(file) for file in checkpoint.files]
     sha256 = digests[0]
     if len(digests) > 1:
@@ -101,7 +115,21 @@ def load_base(source: str, param_dtype: str) -> BaseModel:
     identity = BaseIdentity(source, sha256, checkpoint.license)
     weights = checkpoint.weights
     rests = weights.in_blocks() if param_dtype == "gguf" else PARAM_DTYPES[param_dtype]
-    return BaseModel(checkpoint.spec, checkpoint.tokenizer, identity, weights, rests)
+    return BaseModel(spec, tokenizer, identity, weights, rests)
+
+
+def _stop_its_clock(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gives a chat template that writes today's date a fixed one, so that tokens are the same every
+    day. It stays in the template, and so in bundles and exports."""
+
+    def stopped(template: str) -> str:
+        return _DATE + template if "strftime_now" in template else template
+
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: stopped(text) for name, text in templates.items()}
+    elif templates:
+        tokenizer.chat_template = stopped(templates)
 
 
 def read_spec(source: str) -> ModelSpec:
@@ -127,7 +155,8 @@ def fetch_base(source: str) -> Path:
       The .gguf file or the model directory.
 
     Raises:
-      UserError: where index or hub is not reached and nothing is cached.
+      UserError: where index or hub say no, or the index is not reached.
+      Unreachable: where the hub is not reached and nothing is cached.
     """
     return _locate(source, fetch=True)
 
@@ -147,11 +176,13 @@ def _locate(source: str, *, fetch: bool) -> Path:
         return Path(
             snapshot_download(source, local_files_only=not fetch, etag_timeout=5, **HUB_FILES)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except HUB_ERRORS as error:
         if not fetch:
-            raise UserError(f"{source} is not fetched yet; run `safemoe fetch`") from error
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(
-            f"could not fetch {source} from the hub ({reason}); check its name, your access and "
-            "the network, or give a local directory or .gguf file"
-        ) from error
+            raise UserError(
+                f"{source} is not fetched yet; run `safemoe fetch --config FILE "
+                f"--config.model.source={source}`, or `hf download {source}`"
+            ) from error
+        remedy = (
+            "check its name, your access and the network, or give a local directory or .gguf file"
+        )
+        raise not_from_hub(error, source, remedy) from error

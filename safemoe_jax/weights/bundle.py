@@ -53,7 +53,10 @@ DATA_LICENSES = {
     "jsonl": "the user's own data; its owner knows",
     "beavertails": "CC-BY-NC-4.0: no commercial use",
 }
-_NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial|no commercial", re.IGNORECASE)
+# MRL is Mistral's research license.
+_NON_COMMERCIAL = re.compile(
+    r"\bNC\b|non-?commercial|no commercial|\bresearch\b|\bMRL\b", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,16 @@ _LLAMA3_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0
 _WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
 
 
+# What Gemma 2's first files leave out; llama.cpp takes these values for it, too.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "attention.sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+}
+
+
 class Field(NamedTuple):
     """A part of a block: what it holds, and the bytes that make this one in all of its weights."""
 
@@ -277,6 +287,7 @@ def _spec(metadata: Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> Model
     family = known[architecture]
 
     def optional(key: str, default: Any = None) -> Any:
+        default = _DEFAULTS.get(architecture, {}).get(key, default)
         return metadata.get(f"{architecture}.{key}", default)
 
     def needed(key: str) -> Any:
@@ -322,10 +333,12 @@ def _spec(metadata: Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> Model
 
 
 def _rope_scaling(optional, tensors, head_dim: int, theta: float) -> RopeScaling | None:
-    kind = optional("rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling(optional("rope.scaling.factor", 1.0))
-    if kind != "none":
+    # The format's own rules again: linear without a type, and an older name of the factor.
+    kind = optional("rope.scaling.type", "linear")
+    factor = optional("rope.scaling.factor", optional("rope.scale_linear")) or 1.0
+    if kind == "linear" and factor != 1.0:
+        return RopeScaling(factor)
+    if kind not in ("none", "linear"):
         raise UserError(f"rope scaling {kind!r} is not supported; use a model without it")
     if (tensor := tensors.get(_ROPE_FACTORS)) is None:
         return None

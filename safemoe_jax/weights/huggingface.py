@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import transformers
 import yaml
 from flax.traverse_util import flatten_dict
 from huggingface_hub import ModelCard
@@ -128,7 +129,20 @@ def save(
       params: numpy leaves, all of one dtype, by the layout of `weights.layout`.
       tokenizer: is saved beside them.
       ends: ids of the tokens that end an answer.
+
+    Raises:
+      UserError: where the config that `transformers` writes is not that of `spec`.
     """
+    config = _config(spec)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, list(ends)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.dtype = str(params["embed"]["embedding"].dtype)
+    config.to_json_file(directory / "config.json")
+    if (written := read_spec(directory / "config.json")) != spec:
+        raise UserError(
+            f"transformers {transformers.__version__} writes a config of {written}, and the "
+            f"weights are of {spec}; install another version of transformers"
+        )
     tensors: dict[str, np.ndarray] = {}
     leaves, named = flatten_dict(params, sep="/"), names(spec)
     for leaf in leaf_shapes(spec):  # whose order is that of the parts of a fused tensor
@@ -146,11 +160,6 @@ def save(
         where = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         path = directory / "model.safetensors.index.json"
         path.write_text(json.dumps(where, indent=2) + "\n", encoding="utf-8")
-    config = _config(spec)
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, list(ends)
-    config.pad_token_id = tokenizer.pad_token_id
-    config.dtype = str(params["embed"]["embedding"].dtype)
-    config.to_json_file(directory / "config.json")
     tokenizer.save_pretrained(directory)
 
 
@@ -365,7 +374,11 @@ def read_license(directory: Path) -> str:
     if not card.is_file():
         return UNKNOWN_LICENSE
     try:
-        return str(ModelCard.load(card).data.get("license") or UNKNOWN_LICENSE)
+        data = ModelCard.load(card).data
+        licence = data.get("license")
+        if licence == "other":  # whose name stands beside it
+            licence = data.get("license_name") or licence
+        return str(licence or UNKNOWN_LICENSE)
     except (ValueError, yaml.YAMLError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -13,7 +13,8 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,17 +45,18 @@ PATHS: dict[Target, str] = {
 _TARGETS = {path: target for target, path in PATHS.items()}
 _TENSOR = "base_model.model.{}.lora_{}.weight"
 
-# Fields that say how large the adapter is and where: `_scale` and `_is_targeted` read them.
-_READ = {
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
+# Fields that say how large the adapter is and where, and what they may be: `_rank_and_scale` and
+# `_is_targeted` read them.
+_READ: dict[str, Callable[[Any], bool]] = {
+    "r": lambda _: True,  # this and the next are looked at where patterns have been applied
+    "lora_alpha": lambda _: True,
+    "use_rslora": lambda x: isinstance(x, bool),
+    "rank_pattern": lambda x: isinstance(x, dict),
+    "alpha_pattern": lambda x: isinstance(x, dict),
+    "target_modules": lambda x: _is_text(x) or _are(x, _is_text),
+    "exclude_modules": lambda x: _is_text(x) or _are(x, _is_text),
+    "layers_to_transform": lambda x: _is_whole(x) or _are(x, _is_whole),
+    "layers_pattern": lambda x: _is_text(x) or _are(x, _is_text),
 }
 # Fields that change nothing about what a trained adapter on linear layers computes.
 _IDLE = {
@@ -78,6 +80,18 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+def _are(values: object, kind: Callable[[object], bool]) -> bool:
+    return isinstance(values, list) and all(map(kind, values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +372,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object; save the adapter again")
     for field, value in config.items():
-        if field in _READ | _IDLE or (field in _OFF and value in _OFF[field]):
+        if field in _READ and not (value is None or _READ[field](value)):
+            raise UserError(f"{path}: {field} is {value!r}, which PEFT never writes; save it again")
+        if field in _IDLE.union(_READ) or (field in _OFF and value in _OFF[field]):
             continue
         if field in _OFF or value not in (None, False, [], {}):
             raise UserError(
@@ -367,8 +383,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
             )
     if missing := sorted({"peft_type", "r", "lora_alpha", "target_modules"} - config.keys()):
         raise UserError(f"{path} lacks {missing[0]!r}; save the adapter again with PEFT")
-    if not isinstance(targets := config["target_modules"], (str, list)):
-        raise UserError(f"{path}: target_modules is {targets!r}; it must name linear layers")
+    if config["target_modules"] is None:
+        raise UserError(f"{path}: target_modules is None; it must name linear layers")
     return config
 
 
@@ -382,7 +398,10 @@ def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]
 
     rank = by_pattern(config.get("rank_pattern"), config["r"])
     alpha = by_pattern(config.get("alpha_pattern"), config["lora_alpha"])
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha:
+    if not (_is_whole(rank) and type(alpha) in (int, float)) or not (
+        # JSON knows infinity, NaN, and whole numbers that no float holds.
+        1 <= rank <= sys.float_info.max and 0 < alpha <= sys.float_info.max
+    ):
         raise ValueError(f"r is {rank!r} and lora_alpha {alpha!r} for {module}")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

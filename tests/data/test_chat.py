@@ -42,6 +42,38 @@ def test_end_of_turn_is_the_token_that_closes_an_answer(tokenizer):
     assert ChatFormat(tokenizer).end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+def test_an_answer_ends_before_what_a_template_writes_after_the_turn(tokenizer):
+    # As Phi-3's: the end of the turn, a newline, and then the end of the text.
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}"
+        "{{ eos_token }}{% endif %}"
+    )
+    chat = ChatFormat(tokenizer)
+    assert chat.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.ends == {chat.end_of_turn, tokenizer.eos_token_id}
+    encoded = chat.encode(MESSAGES, "It scatters light.")
+    assert tokenizer.decode(encoded.tokens[encoded.response_start :]) == (
+        "It scatters light.<|im_end|>"
+    )
+
+
+def test_added_tokens_of_an_answer_stay(tokenizer):
+    # As Qwen3's template, which writes that nothing was thought.
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}"
+        "{{ message['content'] }}",
+    )
+    chat = ChatFormat(tokenizer)
+    for answer in ("Light.", "</think>", ""):
+        encoded = chat.encode(MESSAGES, answer)
+        said = tokenizer.decode(encoded.tokens[encoded.response_start :])
+        assert said == f"<think></think>{answer}<|im_end|>"
+
+
 def test_white_space_round_an_answer_is_stripped(tokenizer):
     chat = ChatFormat(tokenizer)
     padded, plain = chat.encode(MESSAGES, "\n Light. \n"), chat.encode(MESSAGES, "Light.")
@@ -110,6 +142,7 @@ def test_an_answer_that_merges_with_the_prompt_is_told(tokenizer):
             "the first 0 agree",
         ),
         ("{{ raise_exception('no such role') }}", "no such role"),
+        ({"tool_use": "{{ messages }}", "rag": "{{ messages }}"}, "refuses turns .*no default"),
     ],
 )
 def test_a_template_without_a_usable_mask_is_refused(tokenizer, template, message):

@@ -27,14 +27,14 @@ PROMPTS = [prompt(length) for length in LENGTHS]
 def generate(
     prompts=PROMPTS,
     *,
-    end_of_turn=NEVER,
+    ends=frozenset({NEVER}),
     routing=Routed(),  # noqa: B008
     temperature=0.0,
     top_p=1.0,
     seed=0,
     batch_size=5,
 ):
-    return Sampler(MODEL, VARIABLES, routing, end_of_turn).generate(
+    return Sampler(MODEL, VARIABLES, routing, ends).generate(
         prompts,
         max_new_tokens=NEW,
         temperature=temperature,
@@ -108,24 +108,28 @@ def test_ragged_prompts_in_one_batch_answer_as_one_at_a_time(greedy):
         np.testing.assert_allclose(one.gates_TLE, together.gates_TLE, rtol=0, atol=1e-4)
 
 
-def test_an_answer_stops_at_end_of_turn_and_decoding_once_all_have(greedy, monkeypatch):
+def test_an_answer_stops_at_any_of_its_ends_and_decoding_once_all_have(greedy, monkeypatch):
     steps = []
     original = engine._step
     monkeypatch.setattr(engine, "_step", lambda *args: steps.append(args) or original(*args))
-    end = greedy[0].tokens[3]
-    stopped = generate(end_of_turn=end)
-    assert len(stopped[0].tokens) == greedy[0].tokens.index(end) <= 3
-    for before, after in zip(greedy, stopped, strict=True):
-        length = before.tokens.index(end) if end in before.tokens else NEW
-        assert after.tokens == before.tokens[:length]
-        assert after.finished == (length < NEW)
-        assert after.gates_TLE.shape[0] == length
+    ends = frozenset({greedy[0].tokens[3], greedy[1].tokens[2]})
 
-    # All prompts the same, so all stop at the same step. The end-of-turn token itself is one step,
+    def length(answer):
+        return next((i for i, token in enumerate(answer.tokens) if token in ends), NEW)
+
+    stopped = generate(ends=ends)
+    assert len(stopped[0].tokens) == length(greedy[0]) <= 3
+    assert len(stopped[1].tokens) == length(greedy[1]) <= 2
+    for before, after in zip(greedy, stopped, strict=True):
+        assert after.tokens == before.tokens[: length(before)]
+        assert after.finished == (length(before) < NEW)
+        assert after.gates_TLE.shape[0] == length(before)
+
+    # All prompts the same, so all stop at the same step. The token that ends it is one step,
     # and one more is on its way when that is read.
     steps.clear()
-    generate([PROMPTS[0]] * len(PROMPTS), end_of_turn=end)
-    assert len(steps) == greedy[0].tokens.index(end) + 2
+    generate([PROMPTS[0]] * len(PROMPTS), ends=ends)
+    assert len(steps) == length(greedy[0]) + 2
 
 
 @pytest.mark.parametrize(

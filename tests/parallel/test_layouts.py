@@ -80,7 +80,7 @@ def on(layout: str):
             found.loss[stage] = np.asarray(metrics["loss"])
             found.gradient[stage] = jax.device_get(state.opt_state)
         found.logits, _ = jax.device_get(forward(MODEL, variables, batch, Routed()))
-        found.answers = Sampler(MODEL, variables, Routed(), end_of_turn=0).generate(
+        found.answers = Sampler(MODEL, variables, Routed(), ends=frozenset({0})).generate(
             PROMPTS, max_new_tokens=6, temperature=0, top_p=1.0, seed=0, batch_size=4
         )
     return found
@@ -157,7 +157,7 @@ def test_a_quantized_base_on_a_mesh_answers_as_what_it_stands_for_on_one_device(
     trained = {name: variables[name] for name in ("experts", "router")}
 
     def answers(model, params):
-        sampler = Sampler(model, {"params": params, **trained}, Routed(), end_of_turn=0)
+        sampler = Sampler(model, {"params": params, **trained}, Routed(), ends=frozenset({0}))
         return sampler.generate(
             PROMPTS, max_new_tokens=6, temperature=0, top_p=1.0, seed=0, batch_size=4
         )

@@ -92,7 +92,7 @@ def offline(loaded, running):
 
     def offline(prompt, *, max_new_tokens=24, temperature=0.0, top_p=1.0, seed=0):
         chat = running.service.chat
-        sampler = Sampler(loaded.model, loaded.variables, Routed(), chat.end_of_turn)
+        sampler = Sampler(loaded.model, loaded.variables, Routed(), chat.ends)
         with jax.set_mesh(loaded.mesh):
             (said,) = sampler.generate(
                 [chat.prompt_ids([{"role": "user", "content": prompt}])],

@@ -61,7 +61,7 @@ def talk(bundle_path, keyboard, monkeypatch):
 
 def offline(loaded, *turns):
     chat = ChatFormat(loaded.base.tokenizer)
-    sampler = Sampler(loaded.model, loaded.variables, Routed(), chat.end_of_turn)
+    sampler = Sampler(loaded.model, loaded.variables, Routed(), chat.ends)
     with jax.set_mesh(loaded.mesh):
         (said,) = sampler.generate(
             [chat.prompt_ids(turns)],

@@ -3,10 +3,12 @@
 import hashlib
 from pathlib import Path
 
+import families
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
-from safemoe_jax.errors import UserError
-from safemoe_jax.weights.base import fetch_base, load_base
+from safemoe_jax.errors import Unreachable, UserError
+from safemoe_jax.weights.base import HUB_FILES, fetch_base, load_base
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -44,7 +46,33 @@ def test_unreached_hub_says_so(monkeypatch, tmp_path):
     # Port 9 of this machine is closed.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"could not fetch owner/name .*refused.*local directory"):
+    with pytest.raises(Unreachable, match=r"could not fetch owner/name .*refused.*local directory"):
         fetch_base("owner/name")
-    with pytest.raises(UserError, match="owner/name is not fetched yet; run `safemoe fetch`"):
+    with pytest.raises(UserError, match=r"not fetched yet; .*, or `hf download owner/name`"):
         load_base("owner/name", "float32")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_embedding_is_refused(tmp_path):
+    directory = families.write("llama", tmp_path / "base")
+    size = load_base(str(directory), "float32").spec.vocab_size
+    families.tokenizer(size + 2).save_pretrained(directory)
+    with pytest.raises(UserError, match=f"has {size + 2} tokens and .* {size}: 'w{size}' has no"):
+        load_base(str(directory), "float32")
+    # An added token too many is Gemma 3's own.
+    tokenizer = families.tokenizer(size)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(directory)
+    assert len(load_base(str(directory), "float32").tokenizer) == size + 1
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day(small):
+    template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}!"
+    (small / "chat_template.jinja").write_text(template)
+    tokenizer = load_base(str(small), "float32").tokenizer
+    assert tokenizer.apply_chat_template([{"role": "user"}], tokenize=False) == "26 Jul 2024!"
+
+
+def test_only_the_weights_that_are_read_are_fetched():
+    used = ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "onnx/config.json", "pytorch_model.bin"]
+    assert list(filter_repo_objects([*used, *others], **HUB_FILES)) == used

@@ -18,7 +18,7 @@ from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.artefact import manifest_digest
 from safemoe_jax.weights.base import BaseIdentity, load_base
-from safemoe_jax.weights.bundle import read_bundle, write_bundle
+from safemoe_jax.weights.bundle import non_commercial, read_bundle, write_bundle
 from safemoe_jax.weights.huggingface import read_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -250,3 +250,10 @@ def test_another_base_is_refused(bundle):
     other = BaseIdentity("other", "0" * 64, "mit")
     with pytest.raises(UserError, match=r"belongs to base .* not to other \(sha256 000000000000\)"):
         read_bundle(bundle, other)
+
+
+def test_licences_for_research_alone_forbid_commercial_use():
+    manifest = {"data_licenses": {}, "provenance": {}}
+    for licence, forbidden in (("qwen-research", True), ("mrl", True), ("apache-2.0", False)):
+        found = non_commercial(manifest | {"base": {"license": licence}})
+        assert found == ({"the base": licence} if forbidden else {})

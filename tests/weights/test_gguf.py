@@ -23,7 +23,7 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import boxed_shapes
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.quantization import Blocks
-from safemoe_jax.model.spec import FAMILIES
+from safemoe_jax.model.spec import FAMILIES, RopeScaling
 from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.weights import huggingface
@@ -378,6 +378,28 @@ def test_gemmas_largest_models_divide_scores_by_another_width(tmp_path):
     convert(directory, tmp_path / "x.gguf")
     rewritten(tmp_path / "x.gguf", lambda _, keys: keys.update({"gemma2.block_count": 46}))
     assert read_spec(tmp_path / "x.gguf").query_scalar == 32 / 4
+
+
+def test_what_gemma2s_first_files_leave_out_is_what_llama_cpp_takes(tmp_path):
+    convert(small("gemma2", tmp_path / "gemma2"), tmp_path / "x.gguf")
+    left_out = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+    rewritten(tmp_path / "x.gguf", lambda _, x: [x.pop(f"gemma2.{key}") for key in left_out])
+    spec = read_spec(tmp_path / "x.gguf")
+    assert (spec.attention_softcap, spec.logit_softcap, spec.window) == (50.0, 30.0, 4096)
+
+
+def test_gemma3_without_a_window_is_refused(tmp_path):
+    convert(small("gemma3_text", tmp_path / "gemma3"), tmp_path / "x.gguf")
+    rewritten(tmp_path / "x.gguf", lambda _, x: x.pop("gemma3.attention.sliding_window"))
+    with pytest.raises(UserError, match="window is None"):
+        read_spec(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_rope_factor_without_a_type_is_linear(tmp_path, key):
+    convert(small("qwen3", tmp_path / "qwen3"), tmp_path / "x.gguf")
+    rewritten(tmp_path / "x.gguf", lambda _, x: x.update({f"qwen3.{key}": 4.0}))
+    assert read_spec(tmp_path / "x.gguf").rope_scaling == RopeScaling(4.0)
 
 
 def test_smollm2_as_its_file_describes_it(smollm):

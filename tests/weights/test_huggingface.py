@@ -1,5 +1,6 @@
 """Hugging Face directories that are broken, each in one way; parity is in tests/model."""
 
+import dataclasses
 import json
 import shutil
 
@@ -132,9 +133,20 @@ def test_a_saved_base_is_read_as_it_was(name, tmp_path):
     assert {key for key in given if config[key] != given[key]} <= others
 
 
+def test_what_a_config_cannot_say_is_not_saved(small, tmp_path):
+    base = load(small)
+    spec = dataclasses.replace(base.spec, logit_softcap=30.0)  # Llama's config has no such key
+    with pytest.raises(UserError, match=r"transformers 5\.\S+ writes a config of .*30\.0"):
+        save(tmp_path, spec, base.weights.read(np.float32), base.tokenizer, ends=[0])
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("gemma2", {"sliding_window": None}, "window is None, no whole number from 1"),
+        ("gemma2", {"sliding_window": -5}, "window is -5, no whole number from 1"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "logit_softcap is -1.0, no number above 0"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_act 'gelu'"),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window True"),
@@ -177,6 +189,11 @@ def test_license_comes_from_the_model_card(small):
     assert load(small).license == "unknown"
     (small / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     assert load(small).license == "mit"
+    other = "---\nlicense: other\nlicense_name: qwen-research\n---\n# A model\n"
+    (small / "README.md").write_text(other)
+    assert load(small).license == "qwen-research"
+    (small / "README.md").write_text(other.replace("license_name: qwen-research\n", ""))
+    assert load(small).license == "other"
     (small / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n")
     with pytest.raises(UserError, match=r"README\.md has metadata that cannot be read \(while"):
         load(small)
