@@ -158,6 +158,9 @@ attach_by_ssh() {
 
 run_by_slurm() {
   local flags said
+  said="$(ask "" squeue --noheader "--user=$(id -un)" "--name=$NAME")"
+  [[ ! "$said" ]] || # it would lose its code
+    die "$NAME is queued or runs already; end it first by: $(quoted "$0" stop "$NAME" --slurm)"
   pack "$STATE/code.tar.gz"
   execute mkdir -p "$SHARED/logs"
   execute chmod 700 "$HOME/safemoe" "$SHARED"

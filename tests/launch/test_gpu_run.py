@@ -91,7 +91,8 @@ def slurm(pod):
         "HOME": str(pod.home),
         "PATH": f"{tools}:{pod.environment['PATH']}",
     }
-    return pod
+    yield pod
+    pod.plays(go="")
 
 
 def submit(slurm, *options):
@@ -121,6 +122,20 @@ def test_slurm_queues_again_what_has_saved_until_it_is_stopped(slurm):
     cancelled = (slurm.home / "jobs.d" / "cancelled").read_text().splitlines()
     assert cancelled == [f"--state=PENDING {number}", f"--signal=TERM {number}"]
     assert (slurm.home / "safemoe" / "mine" / "stop").exists()
+
+
+def test_slurm_takes_no_second_job_of_a_name_whose_code_the_first_one_needs(slurm):
+    slurm.plays(jobs="forever\n0")
+    command = [LAUNCHER, "run", "mine", "--slurm", *JOB]
+    assert slurm.call(*command) == (0, "Submitted batch job 41\n")
+    until(slurm.runs)
+    first = (slurm.home / "safemoe" / "mine" / "code" / "STAMP").stat()
+    said = "mine is queued or runs already; end it first by: launch/gpu_run.sh stop mine --slurm\n"
+    assert slurm.call(*command) == (2, said)
+    assert (slurm.home / "safemoe" / "mine" / "code" / "STAMP").stat() == first
+    slurm.plays(go="")
+    until(lambda: "|RUNNING" not in slurm.call(LAUNCHER, "status", "mine", "--slurm")[1])
+    assert slurm.call(*command) == (0, "Submitted batch job 42\n")
 
 
 @pytest.mark.parametrize("jobs, options, runs", [("75\n75", ["--max-requeues=1"], 2), ("1", [], 1)])
