@@ -70,6 +70,12 @@ def test_by_ssh_budgets_mistakes_and_stop(hosts):
     assert output == "worker 0: job: exited 75\nworker 1: job: exited 75\n"
 
 
+def test_by_ssh_a_deadline_that_passes_in_set_up_is_no_failure(hosts):
+    code, output = run(hosts, "--deadline=0s", "--max-failures=0")
+    assert (code, hosts.runs()) == (75, []), output
+    assert "--deadline=0s is over; the same command goes on from the last checkpoint" in output
+
+
 def test_by_ssh_a_dry_run_does_nothing(hosts):
     code, output = run(hosts, "--dry-run")
     assert code == 0
@@ -158,6 +164,8 @@ def test_slurm_needs_all_gpus(slurm):
         (["run", "mine", *JOB], "no machines; give --hosts=HOST,HOST,... or --slurm"),
         (["run", "mine", *HOSTS, "--slurm", *JOB], "--hosts and --slurm exclude each other"),
         (["run", "mine", *HOSTS, "--gpus=all", *JOB], "'all' is no whole number"),
+        (["run", "mine", *HOSTS, "--gpus=08", *JOB], "'08' is no whole number like 8"),
+        (["run", "mine", *HOSTS, "--poll=08", *JOB], "--poll=08 is no number of seconds"),
         (["run", "mine", *HOSTS, *JOB[:4], "runs/x"], "--workdir is 'runs/x'; give a URL"),
         (["stop", "mine", "--slurm"], "nothing named mine has been submitted from here"),
     ],
