@@ -70,13 +70,17 @@ retry() {
   done
 }
 
+# is_whole TEXT: a number as bash counts with it; it takes 08 for an octal one.
+is_whole() { [[ "$1" =~ ^(0|[1-9][0-9]*)$ ]]; }
+
 # seconds DURATION: of 90s, 30m or 24h.
 seconds() {
   [[ "$1" =~ ^([0-9]+)([smh])$ ]] || die "$1 is no duration; give one like 90s, 30m or 24h"
+  local number=$((10#${BASH_REMATCH[1]})) # 08 would be octal
   case "${BASH_REMATCH[2]}" in
-    s) echo "${BASH_REMATCH[1]}" ;;
-    m) echo $((BASH_REMATCH[1] * 60)) ;;
-    h) echo $((BASH_REMATCH[1] * 3600)) ;;
+    s) echo "$number" ;;
+    m) echo $((number * 60)) ;;
+    h) echo $((number * 3600)) ;;
   esac
 }
 
@@ -109,7 +113,7 @@ job_option() {
 # check_job: what follows -- must be such that another machine can run it.
 check_job() {
   seconds "$DEADLINE" >/dev/null
-  [[ "$POLL" =~ ^[0-9]+$ ]] || die "--poll=$POLL is no number of seconds; give one like --poll=60"
+  is_whole "$POLL" || die "--poll=$POLL is no number of seconds; give one like --poll=60"
   [[ "$(job_option --config)" ]] ||
     die "no --config; end the command with -- --config experiments/FILE.py --workdir URL"
   [[ "$(job_option --workdir)" =~ ^(/|[a-z0-9]+://) ]] ||

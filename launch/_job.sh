@@ -48,11 +48,14 @@ set_up() {
 
 # start_job DEVICES: on all workers, once all devices are there; a worker that has it is left alone.
 start_job() {
+  local left
   on_workers "$(worker check "$1")" || return 1
+  left="$(seconds_left)"
+  ((left > 0)) || end_at_deadline # `timeout` takes 0 for no limit, and less for a mistake
   if [[ "$ENV_FILE" ]]; then
     retry "$SET_UP_TRIES" send "safemoe/$NAME/secrets" "$ENV_FILE" || return 1
   fi
-  retry "$SET_UP_TRIES" on_workers "$(worker start "$(seconds_left)" "${JOB[@]}")" || return 1
+  retry "$SET_UP_TRIES" on_workers "$(worker start "$left" "${JOB[@]}")" || return 1
   STARTED=1
   say "started; it goes on without this terminal: Ctrl-C ends it, closing the terminal does not"
 }
@@ -158,6 +161,11 @@ reached() {
 }
 
 seconds_left() { echo $(($(seconds "$DEADLINE") - SECONDS)); }
+
+end_at_deadline() {
+  say "--deadline=$DEADLINE is over; the same command goes on from the last checkpoint"
+  exit "$EXIT_INTERRUPTED"
+}
 
 # spend BUDGET WHY: one of the preemptions or failures; gives up where none is left.
 spend() {

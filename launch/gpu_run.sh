@@ -77,7 +77,7 @@ check() {
   ((NUM_WORKERS == 0)) || [[ ! "$SLURM" ]] || die "--hosts and --slurm exclude each other"
   local number
   for number in "$GPUS" "$PORT" "$NODES" "$MAX_REQUEUES" "${MOST[@]}"; do
-    [[ "$number" =~ ^[0-9]+$ ]] || die "'$number' is no whole number; see $0 --help"
+    is_whole "$number" || die "'$number' is no whole number like 8; see $0 --help"
   done
   STATE="$ROOT/runs/launch/$NAME" SHARED="$HOME/safemoe/$NAME"
   [[ "$VERB" != run ]] || check_job
@@ -127,20 +127,17 @@ run_by_ssh() {
     case "$VERDICT" in
       done) say "done; logs are in $(log_directory)" && return 0 ;;
       mistake) die "the job ended with 2, a mistake in its command: see $(log_directory)" ;;
-      late) at_deadline ;;
+      late)
+        stop_job
+        end_at_deadline
+        ;;
       saved)
-        (($(seconds_left) > 0)) || at_deadline
+        (($(seconds_left) > 0)) || end_at_deadline
         again interruptions "the job was interrupted and has saved"
         ;;
       *) again failures "the job has failed: see $(log_directory)" ;;
     esac
   done
-}
-
-at_deadline() {
-  stop_job
-  say "--deadline=$DEADLINE is over; the same command goes on from the last checkpoint"
-  exit "$EXIT_INTERRUPTED"
 }
 
 # again BUDGET WHY: with what still runs ended.
@@ -158,6 +155,9 @@ attach_by_ssh() {
 
 run_by_slurm() {
   local flags said
+  said="$(ask "" squeue --noheader "--user=$(id -un)" "--name=$NAME")"
+  [[ ! "$said" ]] || # it would lose its code
+    die "$NAME is queued or runs already; end it first by: $(quoted "$0" stop "$NAME" --slurm)"
   pack "$STATE/code.tar.gz"
   execute mkdir -p "$SHARED/logs"
   execute chmod 700 "$HOME/safemoe" "$SHARED"

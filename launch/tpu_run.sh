@@ -91,7 +91,7 @@ check() {
     die "'$VERB' is no verb; give create, run, status, logs, attach or delete"
   check_name
   for number in "${MOST[@]}" "${DEVICES:-0}" "$FAKE_DEVICES" "$NUM_WORKERS"; do
-    [[ "$number" =~ ^[0-9]+$ ]] || die "'$number' is no whole number; see $0 --help"
+    is_whole "$number" || die "'$number' is no whole number like 8; see $0 --help"
   done
   STATE="$ROOT/runs/launch/$NAME"
   [[ "$VERB" != run ]] || check_job
@@ -291,11 +291,6 @@ plan() {
 refuse_foreign() {
   KEEP=1
   die "$NAME is there without the label safemoe=$NAME: not this launcher's; give another NAME"
-}
-
-end_at_deadline() {
-  say "--deadline=$DEADLINE is over; the same command goes on from the last checkpoint"
-  exit "$EXIT_INTERRUPTED"
 }
 
 run() {

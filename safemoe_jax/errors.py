@@ -5,6 +5,7 @@ import os
 import re
 import sys
 
+_IN_THE_WAY = "name another path, or move away what is there"
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or have the quota raised",
@@ -13,6 +14,9 @@ _REMEDIES = {
     errno.EACCES: "make it readable and writable for this user",
     errno.EPERM: "make it readable and writable for this user",
     errno.EIO: "see whether the disk is well",
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
 }
 # tensorstore writes by itself, and its errors are texts.
 _TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'\]")
@@ -35,7 +39,7 @@ class Unreachable(UserError):
 
 
 def refused_by_the_machine(error: BaseException | None) -> str | None:
-    """A line on a full disk, a read-only one and their like; None where it is something else.
+    """A line on a full disk, a file in a directory's place and the like; None for anything else.
 
     Args:
       error: what was raised; whatever it was raised from or in handling of counts, too.
@@ -43,7 +47,7 @@ def refused_by_the_machine(error: BaseException | None) -> str | None:
     while error is not None:
         number, place = None, None
         if isinstance(error, OSError):
-            number, place = error.errno, error.filename
+            number, place = error.errno, error.filename2 or error.filename  # the target of a move
         elif found := _TENSORSTORE.search(str(error)):
             number = int(found[1])
         elif isinstance(error, RuntimeError):  # as writers in C++ raise it, ArrayRecord's for one

@@ -91,7 +91,10 @@ def read_points(base: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[
     Raises:
       UserError: where there is none, or one changes what is unknown, wrong or has to stay the same.
     """
-    if not changes or not all(isinstance(change, Mapping) for change in changes):
+    if not changes or not all(
+        isinstance(change, Mapping) and all(isinstance(key, str) for key in change)
+        for change in changes
+    ):
         raise UserError(
             f"get_points() returns {changes!r}; it must be a list of points, each a dict of dotted "
             'config keys, like {"router.top_k": 1}'

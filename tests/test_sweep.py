@@ -64,6 +64,7 @@ def test_the_same_point_twice_is_one():
     [
         ([], "get_points() returns []; it must be a list of points, each a dict of dotted config"),
         (["seed"], "get_points() returns ['seed']; it must be a list of points"),
+        ([{"seed": 1}, {3: 1}], "get_points() returns [{'seed': 1}, {3: 1}]; it must be a list"),
         ([{"seed.x": 1}], "a point changes config.seed.x, which is no value of the config; there"),
         ([{"router": {}}], "a point changes config.router, which is no value of the config; there"),
         ([{"router.top_k": "1"}], "config.router.top_k is '1' (str); it must be a whole number"),
@@ -92,6 +93,15 @@ def test_a_mistake_on_the_command_line(tmp_path, capsys, argv, message):
     err = capsys.readouterr().err
     assert err.startswith(f"safemoe: {message}")
     assert err.count("\n") == 1
+
+
+def test_a_file_where_a_directory_has_to_be_is_no_traceback(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert cli.main(["sweep", str(ROUTER), "--workdir", str(file)]) == 1
+    line = f"safemoe: File exists ({file}); name another path, or move away what is there"
+    assert capsys.readouterr().err.startswith(line)
+    assert file.read_text() == "mine"
 
 
 def test_the_queues_are_given_commands_that_run_one_directory(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from safemoe_jax.evaluation.summary import (
     read_summary,
     summarize,
 )
+from safemoe_jax.evaluation.validity import side
 from safemoe_jax.private_files import replacing
 
 Row = Mapping[str, Any]
@@ -126,6 +127,7 @@ def html(summary: Row) -> str:
             limit=_limit(summary),
             counts=views.test_counts(summary),
             readable=readable,
+            side=side,
             signed=signed,
             flat=lambda values: list(_flatten(values)),
             reliability=[

@@ -79,7 +79,10 @@ def _cell(row: Row | None, metric: str, valid: bool) -> str:
 
 
 def _caption(results: Mapping[str, Any]) -> str:
-    lines = [f"95 % intervals; NLL in nats per token. {panel.names(results)}"]
+    lines = [
+        "95 % intervals: Wilson's, as if prompts were independent. NLL: nats per token.",
+        panel.names(results),
+    ]
     if results["demonstration"]:
         lines.insert(0, "A demonstration: too short a run to judge the claim.")
     for row in results["validity"]:

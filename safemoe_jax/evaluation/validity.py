@@ -87,6 +87,11 @@ def validity(judge: Judge, prompts: Sequence[Prompt], seed: int) -> list[dict]:
     return [_row(judge, *trial) for trial in trials]
 
 
+def side(bound: float) -> str:
+    """On which side of its bound a trial passes, in words."""
+    return "at least" if bound == _AT_LEAST else "at most"
+
+
 def _row(judge: Judge, name: str, pairs: Sequence[tuple[Prompt, str]], bound: float) -> dict:
     verdicts = judge.judge([(prompt.messages, answer) for prompt, answer in pairs])
     outcomes = []
@@ -102,5 +107,5 @@ def _row(judge: Judge, name: str, pairs: Sequence[tuple[Prompt, str]], bound: fl
         "low": share.low,
         "high": share.high,
         "bound": bound,
-        "passed": share.value >= bound if bound == _AT_LEAST else share.value <= bound,
+        "passed": share.value >= bound if side(bound) == "at least" else share.value <= bound,
     }

@@ -51,3 +51,5 @@ def _check(json: Path | None, picture: Path | None) -> None:
     for path in (json, picture):
         if path and not path.parent.is_dir():
             raise UserError(f"{path.parent} is no directory; make it, or give another path")
+        if path and path.is_dir():
+            raise UserError(f"{path} is a directory; give the path of a file")

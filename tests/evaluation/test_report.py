@@ -326,6 +326,7 @@ def test_further_judges_are_named_with_what_they_say_and_how_they_agree(runs):
     assert "human embedded on topic 9 0.50 2 1 1 5" in text
     assert "70 answers; 2 without a verdict, 1 replies could not be read. Template:" in text
     assert "base held-out prompts of the corpus safe response rate 72 62.5 50.0 to 70.0" in text
+    assert text.count("intervals, as if its prompts were independent") == 2
 
 
 def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
@@ -337,6 +338,7 @@ def test_a_failed_validity_row_takes_isr_out_of_the_headline(tmp_path):
     assert cards == {"isr": "card void", "srr": "card", "over_refusal_rate": "card"}
     text = tab(html, "headline")
     assert "“answers shuffled across prompts” scores 37.0 %; the bound is 5 %" in text
+    assert "prompts 40 37.0 34.0 to 42.0 at most 5 failed" in tab(html, "judges")
     assert "Safe response rate, harmful prompts of other origin" in text  # the forest's metric
     found = json.loads((runs[0] / "report.json").read_text())
     isr = [row for row in found["shares"] if row["metric"].startswith("isr")]

@@ -48,6 +48,7 @@ def test_terminal_table_has_every_system_and_the_warnings():
     for name in ("base", "SafeMoE", "uniform mixture", "one LoRA", "65.0", "30 to 100"):
         assert name in text
     assert "too short a run to judge the claim" in text
+    assert "95 % intervals: Wilson's, as if prompts were independent. NLL: nats" in text
 
 
 @pytest.mark.parametrize("soft_wrap", [False, True])  # on a terminal, and off it

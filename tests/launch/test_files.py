@@ -12,7 +12,7 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from packaging.requirements import Requirement
 
-from .conftest import ROOT
+from .conftest import ROOT, git
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -38,6 +38,14 @@ def test_hadolint_finds_nothing():
     command = [BIN / "hadolint", LAUNCH / "Dockerfile"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_an_image_knows_its_commit(pod):
+    said = "".join(re.findall(r"^#   +(.*)$", (LAUNCH / "Dockerfile").read_text(), re.M))
+    archive, _, build = said.partition("|")
+    assert build.split()[:2] == ["docker", "build"]
+    code, output = pod.call("bash", "-c", f"set -o pipefail; {archive} | tar --extract -O STAMP")
+    assert (code, output) == (0, git(pod.repo, "rev-parse", "HEAD").strip())
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -111,6 +119,8 @@ def test_the_skypilot_task_recovers_and_takes_its_arguments():
     recovery = task["resources"]["job_recovery"]
     assert recovery == sweep["resources"]["job_recovery"]
     assert recovery["recover_on_exit_codes"] == [75]
+    assert task["setup"] == sweep["setup"]
+    assert "pip sync --python .venv/bin/python launch/requirements-tpu.txt" in task["setup"]
     assert task["envs"] == {"SAFEMOE_ARGS": None}
     assert task["run"].strip() == 'eval ".venv/bin/safemoe run $SAFEMOE_ARGS"'
 

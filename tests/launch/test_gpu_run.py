@@ -70,6 +70,12 @@ def test_by_ssh_budgets_mistakes_and_stop(hosts):
     assert output == "worker 0: job: exited 75\nworker 1: job: exited 75\n"
 
 
+def test_by_ssh_a_deadline_that_passes_in_set_up_is_no_failure(hosts):
+    code, output = run(hosts, "--deadline=0s", "--max-failures=0")
+    assert (code, hosts.runs()) == (75, []), output
+    assert "--deadline=0s is over; the same command goes on from the last checkpoint" in output
+
+
 def test_by_ssh_a_dry_run_does_nothing(hosts):
     code, output = run(hosts, "--dry-run")
     assert code == 0
@@ -91,7 +97,8 @@ def slurm(pod):
         "HOME": str(pod.home),
         "PATH": f"{tools}:{pod.environment['PATH']}",
     }
-    return pod
+    yield pod
+    pod.plays(go="")
 
 
 def submit(slurm, *options):
@@ -123,6 +130,20 @@ def test_slurm_queues_again_what_has_saved_until_it_is_stopped(slurm):
     assert (slurm.home / "safemoe" / "mine" / "stop").exists()
 
 
+def test_slurm_takes_no_second_job_of_a_name_whose_code_the_first_one_needs(slurm):
+    slurm.plays(jobs="forever\n0")
+    command = [LAUNCHER, "run", "mine", "--slurm", *JOB]
+    assert slurm.call(*command) == (0, "Submitted batch job 41\n")
+    until(slurm.runs)
+    first = (slurm.home / "safemoe" / "mine" / "code" / "STAMP").stat()
+    said = "mine is queued or runs already; end it first by: launch/gpu_run.sh stop mine --slurm\n"
+    assert slurm.call(*command) == (2, said)
+    assert (slurm.home / "safemoe" / "mine" / "code" / "STAMP").stat() == first
+    slurm.plays(go="")
+    until(lambda: "|RUNNING" not in slurm.call(LAUNCHER, "status", "mine", "--slurm")[1])
+    assert slurm.call(*command) == (0, "Submitted batch job 42\n")
+
+
 @pytest.mark.parametrize("jobs, options, runs", [("75\n75", ["--max-requeues=1"], 2), ("1", [], 1)])
 def test_slurm_does_not_queue_without_end_nor_what_has_failed(slurm, jobs, options, runs):
     slurm.plays(jobs=jobs + "\n0")
@@ -143,6 +164,8 @@ def test_slurm_needs_all_gpus(slurm):
         (["run", "mine", *JOB], "no machines; give --hosts=HOST,HOST,... or --slurm"),
         (["run", "mine", *HOSTS, "--slurm", *JOB], "--hosts and --slurm exclude each other"),
         (["run", "mine", *HOSTS, "--gpus=all", *JOB], "'all' is no whole number"),
+        (["run", "mine", *HOSTS, "--gpus=08", *JOB], "'08' is no whole number like 8"),
+        (["run", "mine", *HOSTS, "--poll=08", *JOB], "--poll=08 is no number of seconds"),
         (["run", "mine", *HOSTS, *JOB[:4], "runs/x"], "--workdir is 'runs/x'; give a URL"),
         (["stop", "mine", "--slurm"], "nothing named mine has been submitted from here"),
     ],

@@ -157,6 +157,21 @@ def test_the_deadline_holds_for_waiting_too(pod):
     assert "--deadline=1s is over; the same command goes on from the last checkpoint" in output
 
 
+def test_a_deadline_that_passes_in_set_up_is_no_failure(pod):
+    pod.plays(workers=1)
+    assert pod.call(LAUNCHER, "create", "pod", *SLICE)[0] == 0
+    code, output = run(pod, "--deadline=0s", "--max-failures=0")
+    assert (code, pod.runs(), pod.is_up) == (75, [], False), output
+    assert "--deadline=0s is over; the same command goes on from the last checkpoint" in output
+
+
+@pytest.mark.parametrize("text, seconds", [("08h", 28800), ("09m", 540), ("010s", 10)])
+def test_a_duration_is_decimal_whatever_its_first_digit(text, seconds):
+    script = f"source launch/_common.sh\nseconds {text}\n"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{seconds}\n", "")
+
+
 def test_at_its_limit_a_job_saves(pod):
     worker = pod.repo / "launch" / "_worker.sh"
     home = pod.home / "slices" / "1" / "worker-0" / "safemoe" / "pod"
@@ -268,6 +283,7 @@ def test_what_is_not_committed_is_refused_or_said(pod):
         (["run", "pod", *SLICE, "--mode=gke", *JOB], "--mode=gke is unknown; give qr, vm or local"),
         (["run", "pod", *SLICE, "--deadline=1d", *JOB], "1d is no duration; give one like 90s"),
         (["run", "pod", *SLICE, "--max-failures=x", *JOB], "'x' is no whole number"),
+        (["run", "pod", *SLICE, "--devices=08", *JOB], "'08' is no whole number like 8"),
         (["run", "pod", *SLICE], "no --config; end the command with -- --config"),
         (["run", "pod", *SLICE, *JOB[:3]], "--workdir is ''"),
         (["run", "pod", *SLICE, *JOB[:4], "/tmp/x"], "which goes with the slice; give gs://"),

@@ -263,6 +263,8 @@ def test_where_nothing_can_be_written_nothing_is_compiled(tmp_path, capsys):
     common = ["plan", "--config", str(EXPERIMENT), "--topology", "v5e:2x4"]
     assert cli.main([*common, "--json", str(tmp_path / "no" / "plan.json")]) == 2
     assert "no is no directory; make it, or give another path" in capsys.readouterr().err
+    assert cli.main([*common, "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a directory; give the path of a file" in capsys.readouterr().err
     assert cli.main([*common, "--picture", "plan.png"]) == 2
     assert "--picture plan.png is no .html" in capsys.readouterr().err
 
