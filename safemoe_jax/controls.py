@@ -113,7 +113,7 @@ class Controls:
         if left_out:
             experts = without_expert(experts, domains.index(left_out))
             domains.remove(left_out)
-            model = _with_experts(model, len(domains))
+            model = model.with_experts(len(domains))
         experts = experiment.placed(model, "experts", experts)
         variables = {"experts": experts}
         if recipe.gates in ("uniform", "negated"):
@@ -307,11 +307,6 @@ def _validated(
             held_out = held_out + [e for e in learnt if e.group == group]
             learnt = [e for e in learnt if e.group != group]
     return learnt, held_out
-
-
-def _with_experts(model: Transformer, count: int) -> Transformer:
-    router = dataclasses.replace(model.router, top_k=min(model.router.top_k, count))
-    return model.clone(num_experts=count, router=router)
 
 
 def _once(

@@ -86,7 +86,7 @@ class Experiment:
             as a whole rank comes, from rank 1 up), "experts" the rank of all experts together.
         """
         one = dataclasses.replace(self.config.experts, rank=1, alpha=self.config.experts.scale)
-        model = self.model.clone(experts=one, num_experts=1)
+        model = self.model.with_experts(1, one)
         rank = self.model.num_experts * self.config.experts.rank
         if size == "router":
             router = num_params(init_shapes(self.model)["router"])

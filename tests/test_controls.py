@@ -37,6 +37,7 @@ from safemoe_jax.workdir import Workdir
 
 OPTIONS = ["--config.evaluation.left_out=('cats',)", "--config.evaluation.utility=True"]
 OPTIONS += ["--config.evaluation.attacks=('prefix', 'two_shot')"]
+OPTIONS += ["--config.router.top_k=2"]  # of a LoRA, or with a domain left out, there is one alone
 TRAINED = {
     "experts", "router", "experts_safe", "experts_benign", "experts_permuted", "router_safe",
     "router_benign", "router_permuted", "router_random", "router_harmful",
@@ -146,7 +147,7 @@ def results(home):
 
 @pytest.fixture(scope="module")
 def experiment(home):
-    config = freeze(read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", OPTIONS))
     with Workdir(home / "run", config) as workdir:
         yield Experiment(config, workdir)
 

@@ -10,6 +10,7 @@ Shape letters: B batch, T tokens, C cache slots, D model, N query heads, K key/v
 dim, F mlp, V vocabulary, E experts, S router slots, L layers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -322,6 +323,14 @@ class Transformer(nn.Module):
             remat=config.model.remat,
             kernel=kernel,
         )
+
+    def with_experts(self, count: int, experts: ExpertsConfig | None = None) -> "Transformer":
+        """The same model with `count` experts, of their size or of another's.
+
+        Of fewer experts than `top_k` all are kept.
+        """
+        router = dataclasses.replace(self.router, top_k=min(self.router.top_k, count))
+        return self.clone(num_experts=count, router=router, experts=experts or self.experts)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache with room for `slots` tokens in each of `batch` rows, holding none."""
