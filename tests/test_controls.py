@@ -44,6 +44,8 @@ TRAINED = {
     "router_without_cats", "safe_lora", "safe_lora_wide", "refusal_lora", "refusal_lora_wide",
     "safe_lora_without_cats",
 }  # fmt: skip
+OPTIONS += [f"--config.train.{stage}.accumulation=2" for stage in ("experts", "router")]
+VALIDATED_TOGETHER = set()
 
 
 class StubJudge:
@@ -94,6 +96,14 @@ class Trainer:
 TRAINER = Trainer()
 
 
+def noting_rows(validation):
+    def noting(model, frozen, held_out, batch_size, mesh):
+        VALIDATED_TOGETHER.add(batch_size)
+        return validation(model, frozen, held_out, batch_size, mesh)
+
+    return noting
+
+
 def empty_state(experiment, model, collection, tx):
     """Stands for `Experiment.initial_state`, which compiles."""
     begin = {"experts": init_expert_state, "router": init_router_state}[collection]
@@ -121,6 +131,8 @@ def home(tmp_path_factory):
         patch.setattr(stages, "train", TRAINER)
         patch.setattr(Experiment, "initial_state", empty_state)
         patch.setattr(stages, "jitted_step", lambda *_: None)
+        for name in ("expert_validation", "gate_validation"):
+            patch.setattr(stages, name, noting_rows(getattr(stages, name)))
         patch.setattr(controls, "Sampler", Fake)
         patch.setattr(controls, "Scorer", Fake)
         patch.setattr(run, "load_judge_rows", lambda corpus: [])
@@ -262,6 +274,10 @@ def test_what_each_part_is_trained_on(home, experiment):
     observer, examples = learnt("experts_safe")
     assert {e.label for e in examples} == {"safe"} and observer._streams == tiny.DOMAINS
     assert not {e.split for e in examples} - {"train"}
+
+
+def test_a_validation_has_no_more_rows_together_than_a_microbatch(home):
+    assert {1} == VALIDATED_TOGETHER  # of the two of each step
 
 
 def test_the_texts_of_thesis_controls(experiment):
