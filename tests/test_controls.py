@@ -1,6 +1,7 @@
 """Every system of the table on a tiny base: what is trained for it, once, and on what."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -315,6 +316,13 @@ def test_left_out_experts_are_the_bundles_own(home, experiment):
     assert (whole.model.num_experts, fold.model.num_experts) == (2, 1)
     dogs = jax.tree.map(lambda leaf: leaf[:, 1:], whole.variables["experts"])
     assert leaves_equal(fold.variables["experts"], dogs)
+
+
+def test_a_null_share_is_told_where_no_gate_is_dropped(experiment):
+    made = Controls(experiment)
+    for top_k, told in ((0, True), (1, False)):
+        form = dataclasses.replace(experiment.config.router, activation="softmax_null", top_k=top_k)
+        assert made._system(experiment.model.clone(router=form), {}, Routed()).has_null == told
 
 
 def test_what_weights_are_of_is_checked(home, experiment):
