@@ -31,6 +31,7 @@ def start(directory: Path, name: str) -> float:
     command = [sys.executable, "-m", "safemoe_jax.cli", "train-experts"]
     command += ["--config", str(EXPERIMENTS / "pyrit.py"), "--workdir", str(workdir)]
     command += [f"--config.train.experts.steps={STEPS}"]
+    command += ["--config.optimizer.experts.warmup_steps=1"]
     environment = os.environ | {"SAFEMOE_CACHE": str(directory)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a second start finds bytecode, too
     began = time.time()

@@ -18,6 +18,9 @@ from ml_collections import ConfigDict, config_flags
 
 from safemoe_jax.errors import UserError
 
+# What `generate --routing` and `export --gates` take beside names of domains.
+_TAKEN = ("router", "base", "uniform", "mean")
+
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -404,6 +407,11 @@ def _check(config: Config) -> None:
     domains, targets = config.data.domains, config.experts.targets
     if not domains or len(set(domains)) != len(domains):
         raise UserError(f"config.data.domains is {domains}; name each domain once, at least one")
+    if taken := [domain for domain in domains if domain in _TAKEN]:
+        raise UserError(
+            f"config.data.domains names {taken[0]!r}, which --routing or --gates understand as "
+            "something else; choose another name"
+        )
     if not targets or len(set(targets)) != len(targets):
         raise UserError(f"config.experts.targets is {targets}; name each target once")
     if not 0 <= config.router.top_k <= len(domains):
@@ -423,6 +431,12 @@ def _check(config: Config) -> None:
     if left_out and len(domains) < 2:
         raise UserError(
             "config.evaluation.left_out leaves no expert; it needs two data.domains or more"
+        )
+    if config.router.activation == "softmax" and len(domains) - bool(left_out) < 2:
+        raise UserError(
+            "config.router.activation is 'softmax', which gives a single expert the gate 1 at "
+            "every token, so that no router can learn; choose 'softmax_null', 'signed' or "
+            "'sigmoid', or two data.domains (three with left_out) or more"
         )
     if config.data.safe_max_score >= config.data.unsafe_min_score:
         raise UserError(

@@ -21,6 +21,7 @@ from safemoe_jax.data.splits import Split
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.evaluate import System
 from safemoe_jax.evaluation.systems import (
+    CONSTANT,
     SYSTEMS,
     Adapter,
     Base,
@@ -113,7 +114,7 @@ class Controls:
         if left_out:
             experts = without_expert(experts, domains.index(left_out))
             domains.remove(left_out)
-            model = _with_experts(model, len(domains))
+            model = model.with_experts(len(domains))
         experts = experiment.placed(model, "experts", experts)
         variables = {"experts": experts}
         if recipe.gates in ("uniform", "negated"):
@@ -122,24 +123,31 @@ class Controls:
             return self._system(model, variables, self._one(self._best()))
         learnt = "harmful" if recipe.gates == "harmful" else recipe.experts
         router = self._router(learnt, model, experts, domains, left_out)
-        router = self._changed(recipe.gates, router, model, variables)
+        if recipe.gates == "constant":
+            model, router = self._constant(router, model, variables)
+        router = self._changed(recipe.gates, router, model.num_experts)
         variables["router"] = experiment.placed(model, "router", router)
         return self._system(model, variables, Routed())
 
-    def _changed(self, gates: str, router: Any, model: Transformer, variables: Mapping) -> Any:
+    def _changed(self, gates: str, router: Any, num_experts: int) -> Any:
         """What a control without training makes of a trained router."""
         seed = self._experiment.config.seed
         if gates == "random":
             return matched_random(router, seed)
         if gates == "shuffled":
-            return shuffled_router(router, model.num_experts, seed)
-        if gates == "constant":
-            placed = self._experiment.placed(model, "router", router)
-            variables = {"params": self._experiment.params, **variables, "router": placed}
-            spoken = self._spoken("train")
-            gates_LE = divergence.mean_gates(divergence.Mixture(model, variables, Routed()), spoken)
-            return constant_router(router, gates_LE, model.router)
+            return shuffled_router(router, num_experts, seed)
         return router
+
+    def _constant(
+        self, router: Any, model: Transformer, variables: Mapping[str, Any]
+    ) -> tuple[Transformer, Any]:
+        """A router of another's mean gates at every token, and the model that takes it."""
+        placed = self._experiment.placed(model, "router", router)
+        variables = {"params": self._experiment.params, **variables, "router": placed}
+        routed = divergence.Mixture(model, variables, Routed())
+        gates_LE = divergence.mean_gates(routed, self._spoken("train"))
+        made = constant_router(gates_LE, model.spec.embed_dim)
+        return model.clone(router=CONSTANT), made
 
     def _experts(self, data: ExpertData) -> Any:
         """Experts of the run's own shape, on the host."""
@@ -252,7 +260,8 @@ class Controls:
             sampler=Sampler(model, variables, routing, chat.ends),
             scorer=Scorer(model, variables, routing, chat, longest),
             routed=isinstance(routing, Routed),
-            has_null=model.router.activation == "softmax_null",
+            # Where gates were dropped, what they lack to 1 is not its share alone.
+            has_null=model.router.activation == "softmax_null" and not model.router.top_k,
             preamble=preamble,
         )
 
@@ -307,11 +316,6 @@ def _validated(
             held_out = held_out + [e for e in learnt if e.group == group]
             learnt = [e for e in learnt if e.group != group]
     return learnt, held_out
-
-
-def _with_experts(model: Transformer, count: int) -> Transformer:
-    router = dataclasses.replace(model.router, top_k=min(model.router.top_k, count))
-    return model.clone(num_experts=count, router=router)
 
 
 def _once(

@@ -86,7 +86,7 @@ class Experiment:
             as a whole rank comes, from rank 1 up), "experts" the rank of all experts together.
         """
         one = dataclasses.replace(self.config.experts, rank=1, alpha=self.config.experts.scale)
-        model = self.model.clone(experts=one, num_experts=1)
+        model = self.model.with_experts(1, one)
         rank = self.model.num_experts * self.config.experts.rank
         if size == "router":
             router = num_params(init_shapes(self.model)["router"])
@@ -147,7 +147,8 @@ class Experiment:
 
 
 def check_layout(config: Config, spec: ModelSpec, rests: ParamDtype) -> None:
-    """Refuses a config whose mesh cannot cut the base or the steps' rows into equal parts.
+    """Refuses a config whose rows are longer than the base reads, whose warm-up does not end, or
+    whose mesh cannot cut the base or the steps' rows into equal parts.
 
     Args:
       config: the experiment.
@@ -155,14 +156,24 @@ def check_layout(config: Config, spec: ModelSpec, rests: ParamDtype) -> None:
       rests: how the base does.
 
     Raises:
-      UserError: names the axis, the size, and what would divide it.
+      UserError: names what does not fit, its size, and what would.
     """
+    if (length := config.data.sequence_length) > spec.max_positions:
+        raise UserError(
+            f"config.data.sequence_length is {length}, and the base was trained on positions up to "
+            f"{spec.max_positions}; lower it to that or less"
+        )
     sizes = [
         *model_sizes(spec, rests, "the base"),
-        ("data.sequence_length", "length", config.data.sequence_length),
+        ("data.sequence_length", "length", length),
     ]
     for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
         train = getattr(config.train, stage)
+        if (warmup := getattr(config.optimizer, stage).warmup_steps) >= train.steps:
+            raise UserError(
+                f"config.optimizer.{stage}.warmup_steps is {warmup} and train.{stage}.steps "
+                f"{train.steps}; a warm-up must end before the training does"
+            )
         rows, rest = divmod(train.rows * streams, train.accumulation)
         if rest:
             raise UserError(

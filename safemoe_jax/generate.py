@@ -140,7 +140,8 @@ def on_devices(directory: Path, bundle: Bundle) -> Loaded:
       UserError: as `checked_base`.
     """
     base = checked_base(directory, bundle)
-    model = Transformer.from_config(bundle.config, base.spec, rests=base.rests)
+    # It may have been trained on devices of another kind.
+    model = Transformer.from_config(bundle.config, base.spec, rests=base.rests, attention="auto")
     mesh = _mesh(bundle.config.mesh)
     where = shardings(mesh, boxed_shapes(model))
     trained = {"experts": bundle.experts, "router": bundle.router}

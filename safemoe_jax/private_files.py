@@ -1,6 +1,8 @@
 """Files that their owner alone may read: replaced when whole, or lines that a kill may cut."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -8,11 +10,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from safemoe_jax.errors import UserError
+
+# What flock says where there are no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 
 def open_private(path: Path, mode: str) -> IO[str]:
     """Opens a file that its owner alone may read; `mode` is "w" or "a"."""
     flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if mode == "a" else os.O_TRUNC)
     return os.fdopen(os.open(path, flags, 0o600), mode, encoding="utf-8", newline="")
+
+
+def lock(file: IO[str], place: str, *, wait: bool) -> None:
+    """Holds an open file's lock until it is closed.
+
+    Args:
+      file: open.
+      place: what puts it there, for the message.
+      wait: for another process that holds it, which is else a BlockingIOError.
+
+    Raises:
+      UserError: where the file system, or how it is mounted, has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise UserError(
+            f"the file system of {place} has no locks ({error.strerror}); give another, or mount "
+            "it with locks"
+        ) from error
 
 
 @contextlib.contextmanager

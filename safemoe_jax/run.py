@@ -45,6 +45,8 @@ from safemoe_jax.evaluation.summary import Texts
 from safemoe_jax.evaluation.systems import (
     ATTACKED_SYSTEMS,
     LEFT_OUT_SYSTEMS,
+    SYSTEMS,
+    Adapter,
     check_names,
     is_ungated,
     preamble,
@@ -153,14 +155,22 @@ def _judges(experiment: Experiment) -> list[AskedJudge]:
 
 
 def _check_systems(experiment: Experiment) -> None:
-    """Refuses systems that there are not, or that the base's chat template cannot begin with.
+    """Refuses systems that there are not, that the base's chat template cannot begin with, or
+    whose LoRA would end in its warm-up.
 
     Raises:
       UserError: which names the first of them.
     """
     names = experiment.config.evaluation.systems
     check_names(names)
+    warmup = experiment.config.optimizer.experts.warmup_steps
     for name in names:
+        if isinstance(SYSTEMS[name], Adapter) and warmup >= experiment.config.train.router.steps:
+            raise UserError(
+                f"config.evaluation.systems names {name!r}, a LoRA that is trained as an expert "
+                f"is, for train.router.steps, {experiment.config.train.router.steps}, and "
+                f"optimizer.experts.warmup_steps is {warmup}; lower it below, or leave it out"
+            )
         try:
             experiment.chat.prompt_ids([*preamble(name), {"role": "user", "content": "?"}])
         except UserError as error:

@@ -118,13 +118,14 @@ def stage_one(
     frozen = {"params": experiment.params}
     tx = make_optimizer(experiment.config.optimizer.experts, schedule.steps)
     rows = schedule.rows * packed.num_streams
+    together = rows // schedule.accumulation  # as many as a step has on the devices
     state = experiment.initial_state(model, "experts", tx)
     stage = Stage(
         name=name,
         step=jitted_step(expert_train_step, model, tx, schedule.accumulation, state),
         frozen=frozen,
         batches=_batches(experiment, packed, schedule.rows),
-        validate=expert_validation(model, frozen, held_out, rows, experiment.mesh),
+        validate=expert_validation(model, frozen, held_out, together, experiment.mesh),
     )
     work = _work(experiment, model, "experts", rows)
     observer = _observer(experiment, name, packed.streams, packed.streams, work)
@@ -151,13 +152,14 @@ def stage_two(
     schedule = experiment.config.train.router
     frozen = {"params": experiment.params, "experts": experts}
     tx = make_optimizer(experiment.config.optimizer.router, schedule.steps)
+    together = schedule.rows // schedule.accumulation
     state = experiment.initial_state(model, "router", tx)
     stage = Stage(
         name=name,
         step=jitted_step(gate_train_step, model, tx, schedule.accumulation, state),
         frozen=frozen,
         batches=_batches(experiment, packed, schedule.rows),
-        validate=gate_validation(model, frozen, held_out, schedule.rows, experiment.mesh),
+        validate=gate_validation(model, frozen, held_out, together, experiment.mesh),
     )
     work = _work(experiment, model, "router", schedule.rows)
     observer = _observer(experiment, name, ("all",), domains, work)

@@ -5,8 +5,6 @@ unfinished/ controls/ evaluation/ report.json report.html report.md report.tex
 """
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -26,14 +24,12 @@ from safemoe_jax.config import Config, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.parallel.hosts import all_agree, first_says, is_first, wait_for_all
-from safemoe_jax.private_files import left_by_kills, replacing
+from safemoe_jax.private_files import left_by_kills, lock, replacing
 from safemoe_jax.remote import Mirror, is_remote
 
 # What may differ between two commands in one directory. A mesh decides where numbers are computed,
 # and in which order sums are added; a checkpoint is of no mesh.
 _FREE = ("evaluation", "mesh")
-# What flock says where a file system, or how it is mounted, has no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
 _MIRRORED = (
     *("config.json", "run.json", "metrics.jsonl", "tensorboard", "bundle", "controls"),
@@ -191,18 +187,11 @@ class Workdir:
 
     def _take(self) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock, f"--workdir {self.root}", wait=False)
         except BlockingIOError:
             raise UserError(
                 f"another process is working in {self.root}; wait for it, or give another --workdir"
             ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise UserError(
-                f"the file system of --workdir {self.root} has no locks ({error.strerror}); give a "
-                "--workdir on another, or mount it with locks"
-            ) from error
         for scratch in left_by_kills(self.root):
             scratch.unlink()
         values = json.loads(json.dumps(to_dict(self._config)))

@@ -69,6 +69,11 @@ WRONG = {
         "'signed'",
     ),
     "a domain twice": ("data.domains", ("a", "a"), "config.data.domains is ('a', 'a')"),
+    "a domain that is a routing": (
+        "data.domains",
+        ("privacy", "uniform"),
+        "config.data.domains names 'uniform', which --routing or --gates understand as",
+    ),
     "no domain": ("data.domains", (), "config.data.domains is ()"),
     "a target twice": ("experts.targets", ("q", "q"), "config.experts.targets is ('q', 'q')"),
     "no target": ("experts.targets", (), "config.experts.targets is ()"),
@@ -121,6 +126,20 @@ def test_a_missing_key_is_named(values, key):
     del section[last]
     with pytest.raises(UserError, match=re.escape(f"missing key config.{key}; add it")):
         freeze(values)
+
+
+@pytest.mark.parametrize("domains, left_out", [(["a"], []), (["a", "b"], ["b"])])
+def test_a_softmax_needs_experts_to_choose_among(values, domains, left_out):
+    put(values, "data.domains", domains)
+    put(values, "evaluation.left_out", left_out)
+    freeze(values)
+    put(values, "router.activation", "softmax_null")
+    freeze(values)
+    put(values, "router.activation", "softmax")
+    with pytest.raises(UserError, match=r"'softmax', which gives a single expert the gate 1"):
+        freeze(values)
+    put(values, "data.domains", ["a", "b", "c"])
+    freeze(values)
 
 
 POSITIVE = [

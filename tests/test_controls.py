@@ -1,6 +1,7 @@
 """Every system of the table on a tiny base: what is trained for it, once, and on what."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -37,12 +38,15 @@ from safemoe_jax.workdir import Workdir
 
 OPTIONS = ["--config.evaluation.left_out=('cats',)", "--config.evaluation.utility=True"]
 OPTIONS += ["--config.evaluation.attacks=('prefix', 'two_shot')"]
+OPTIONS += ["--config.router.top_k=2"]  # of a LoRA, or with a domain left out, there is one alone
 TRAINED = {
     "experts", "router", "experts_safe", "experts_benign", "experts_permuted", "router_safe",
     "router_benign", "router_permuted", "router_random", "router_harmful",
     "router_without_cats", "safe_lora", "safe_lora_wide", "refusal_lora", "refusal_lora_wide",
     "safe_lora_without_cats",
 }  # fmt: skip
+OPTIONS += [f"--config.train.{stage}.accumulation=2" for stage in ("experts", "router")]
+VALIDATED_TOGETHER = set()
 
 
 class StubJudge:
@@ -93,6 +97,14 @@ class Trainer:
 TRAINER = Trainer()
 
 
+def noting_rows(validation):
+    def noting(model, frozen, held_out, batch_size, mesh):
+        VALIDATED_TOGETHER.add(batch_size)
+        return validation(model, frozen, held_out, batch_size, mesh)
+
+    return noting
+
+
 def empty_state(experiment, model, collection, tx):
     """Stands for `Experiment.initial_state`, which compiles."""
     begin = {"experts": init_expert_state, "router": init_router_state}[collection]
@@ -120,6 +132,8 @@ def home(tmp_path_factory):
         patch.setattr(stages, "train", TRAINER)
         patch.setattr(Experiment, "initial_state", empty_state)
         patch.setattr(stages, "jitted_step", lambda *_: None)
+        for name in ("expert_validation", "gate_validation"):
+            patch.setattr(stages, name, noting_rows(getattr(stages, name)))
         patch.setattr(controls, "Sampler", Fake)
         patch.setattr(controls, "Scorer", Fake)
         patch.setattr(run, "load_judge_rows", lambda corpus: [])
@@ -146,7 +160,7 @@ def results(home):
 
 @pytest.fixture(scope="module")
 def experiment(home):
-    config = freeze(read_config(home / "tiny.py", []))
+    config = freeze(read_config(home / "tiny.py", OPTIONS))
     with Workdir(home / "run", config) as workdir:
         yield Experiment(config, workdir)
 
@@ -263,6 +277,10 @@ def test_what_each_part_is_trained_on(home, experiment):
     assert not {e.split for e in examples} - {"train"}
 
 
+def test_a_validation_has_no_more_rows_together_than_a_microbatch(home):
+    assert {1} == VALIDATED_TOGETHER  # of the two of each step
+
+
 def test_the_texts_of_thesis_controls(experiment):
     own = experiment.unsafe("train")
     permuted, _ = expert_text(experiment, "permuted")
@@ -298,6 +316,13 @@ def test_left_out_experts_are_the_bundles_own(home, experiment):
     assert (whole.model.num_experts, fold.model.num_experts) == (2, 1)
     dogs = jax.tree.map(lambda leaf: leaf[:, 1:], whole.variables["experts"])
     assert leaves_equal(fold.variables["experts"], dogs)
+
+
+def test_a_null_share_is_told_where_no_gate_is_dropped(experiment):
+    made = Controls(experiment)
+    for top_k, told in ((0, True), (1, False)):
+        form = dataclasses.replace(experiment.config.router, activation="softmax_null", top_k=top_k)
+        assert made._system(experiment.model.clone(router=form), {}, Routed()).has_null == told
 
 
 def test_what_weights_are_of_is_checked(home, experiment):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -60,6 +61,36 @@ def test_a_mesh_that_does_not_divide_the_experiment_is_refused(mesh, accumulatio
     with pytest.raises(UserError, match=message):
         config = dataclasses.replace(config, mesh=MeshConfig(*mesh), train=train)
         check_layout(config, SPEC, rests)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.sequence_length", 2049, "is 2049, and .* on positions up to 2048; lower it"),
+        ("optimizer.experts.warmup_steps", 60, "is 60 and train.experts.steps 60; a warm-up must"),
+        ("optimizer.router.warmup_steps", 99, "is 99 and train.router.steps 80; a warm-up must"),
+    ],
+)
+def test_what_could_not_be_trained_as_it_says_is_refused(key, value, message):
+    values = pyrit.get_config()
+    values.update_from_flattened_dict({key: value})
+    config = freeze(values)
+    with pytest.raises(UserError, match=rf"config\.{key} {message}"):
+        check_layout(config, SPEC, PARAM_DTYPES[config.model.param_dtype])
+
+
+def test_a_lora_that_would_end_in_its_warm_up_is_refused():
+    values = pyrit.get_config()
+    values.optimizer.experts.warmup_steps = 40
+    values.train.router.steps = 41
+    values.evaluation.systems = ("base", "safe_lora")
+    chat = types.SimpleNamespace(prompt_ids=lambda turns: None)
+    run._check_systems(types.SimpleNamespace(config=freeze(values), chat=chat))
+    values.train.router.steps = 40
+    with pytest.raises(
+        UserError, match=r"names 'safe_lora', .* train.router.steps, 40, and .* is 40;"
+    ):
+        run._check_systems(types.SimpleNamespace(config=freeze(values), chat=chat))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from experiments import pyrit
 from safemoe_jax.config import freeze, to_dict
 from safemoe_jax.errors import UserError
+from safemoe_jax.evaluation import ledger
 from safemoe_jax.workdir import Workdir, code_commit, write_json
 
 
@@ -141,6 +142,10 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
     message = f"the file system of --workdir {tmp_path} has no locks ({os.strerror(number)}); give"
     with pytest.raises(UserError, match=re.escape(message)):
         visit(tmp_path)
+    with pytest.raises(
+        UserError, match=f"of SAFEMOE_CACHE {re.escape(str(tmp_path))} has no locks"
+    ):
+        ledger.record(tmp_path / "test_evaluations.jsonl", "a", {})
 
 
 def test_another_config_is_refused_and_named(tmp_path):

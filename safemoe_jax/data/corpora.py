@@ -237,14 +237,16 @@ def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
     That is the corpus' judge split, and the tables of PyRIT whose prompts are nowhere in the
     corpus' source, near-duplicates counted: objective/ (was the harmful aim reached?) and
     refusal_scorer/ (was it refused?), for another corpus than PyRIT's also harm/. An answer that
-    occurs in several tables is one row. `rules.hazard` applies here, too.
+    occurs in several tables is one row, without a label in which they contradict each other.
+    `rules.hazard` applies here, too.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(prompt: str, response: str, source: str, **labels: bool) -> None:
         row = rows.setdefault((prompt, response), {"source": source})
         for key, value in labels.items():
-            row.setdefault(key, value)
+            if row.setdefault(key, value) != value:
+                row[key] = None
 
     for example in corpus.select(splits={"judge"}):
         add(example.prompt, example.response, example.source, harmful=example.label == "unsafe")

@@ -43,7 +43,7 @@ class System:
       sampler: generates.
       scorer: log-likelihoods of given answers.
       routed: whether a router makes its gates.
-      has_null: whether one of the router's slots selects no expert.
+      has_null: whether one of the router's slots selects no expert, and the gates tell its share.
       preamble: turns that come before every conversation.
     """
 

@@ -6,7 +6,6 @@ every results.json says where it stood. It guards against forgetting, not agains
 machine has another list, and whoever deletes it begins anew.
 """
 
-import fcntl
 import hashlib
 import json
 import time
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safemoe_jax.private_files import open_private
+from safemoe_jax.private_files import lock, open_private
 
 
 def record(path: Path, evaluation: str, parts: Mapping[str, str]) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def record(path: Path, evaluation: str, parts: Mapping[str, str]) -> dict[str, A
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_private(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, f"SAFEMOE_CACHE {path.parent}", wait=True)
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines()
         entries = list(map(_entry, lines))

@@ -198,33 +198,17 @@ def shuffled_router(router: Any, num_experts: int, seed: int) -> Any:
     return jax.tree.map(shuffle, router)
 
 
-def constant_router(router: Any, gates_LE: np.ndarray, config: RouterConfig) -> Any:
-    """A router with these gates at every token, by its bias alone; a shared one has their mean.
+# A router that can give any gates by its bias alone, whatever the form of the one that gave them.
+CONSTANT = RouterConfig("layer", "token", "signed", top_k=0, temperature=1.0)
 
-    `top_k` holds for it, too: the same k experts then speak at every token.
-    """
+
+def constant_router(gates_LE: np.ndarray, width: int) -> Any:
+    """A router of the form `CONSTANT` with these gates at every token; `width` is D."""
     tiny = 1e-6
-    gates_LE = np.asarray(gates_LE, np.float64)
-
-    def bias(gates: np.ndarray) -> np.ndarray:
-        if config.activation == "signed":
-            return np.arctanh(np.clip(gates, tiny - 1, 1 - tiny))
-        if config.activation == "sigmoid":
-            gates = np.clip(gates, tiny, 1 - tiny)
-            return np.log(gates) - np.log1p(-gates)
-        if config.activation == "softmax_null":
-            rest = 1 - gates.sum(axis=-1, keepdims=True)
-            gates = np.concatenate([gates, rest], axis=-1)
-        return np.log(np.maximum(gates, tiny))
-
-    def leaf(path: Any, value: Any) -> np.ndarray:
-        value = np.asarray(value)
-        if path[-1].key == "kernel":
-            return np.zeros_like(value)
-        gates = gates_LE if value.ndim == 2 else gates_LE.mean(axis=0)
-        return (config.temperature * bias(gates)).astype(value.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, router)
+    bias_LE = np.arctanh(np.clip(np.asarray(gates_LE, np.float64), tiny - 1, 1 - tiny))
+    layers, experts = bias_LE.shape
+    kernel_LDE = np.zeros((layers, width, experts), np.float32)
+    return {"layers": {"router": {"kernel": kernel_LDE, "bias": bias_LE.astype(np.float32)}}}
 
 
 def without_expert(experts: Any, index: int) -> Any:

@@ -120,7 +120,8 @@ def bucket(length: int) -> int:
 def tokens_at_once(platform: str | None = None) -> int:
     """How many tokens one pass over whole texts should have on a "cpu", "gpu" or "tpu"; where not
     given, on what this process has."""
-    return _TOKENS_AT_ONCE[platform or jax.default_backend()]
+    platform = platform or jax.default_backend()
+    return _TOKENS_AT_ONCE.get(platform, _TOKENS_AT_ONCE["gpu"])  # others' are GPUs, too
 
 
 def rows_together(length: int, slots: int, platform: str | None = None) -> int:

@@ -38,16 +38,55 @@ class Scores(NamedTuple):
     softcap: float | None
 
 
-def choose_kernel(platform: str, compute_dtype: jnp.dtype, softcap: float | None) -> Kernel:
-    """The fused kernel of a platform ("cpu", "gpu", "tpu"), or the reference where it has none.
+def why_not(
+    kernel: Kernel, platform: str, compute_dtype: jnp.dtype, head_dim: int, softcap: float | None
+) -> str:
+    """What keeps a kernel from computing a model's attention; "" where nothing does.
 
-    cuDNN's knows 16-bit types only, and no bound of the scores.
+    Args:
+      kernel: which.
+      platform: "cpu", "gpu" or "tpu", that of the devices; a GPU is this process's.
+      compute_dtype: of queries, keys and values.
+      head_dim: their width.
+      softcap: the bound of the scores, or None.
+
+    Source: for cuDNN `check_is_flash_attention` of jax 0.10.2.
     """
-    if platform == "tpu":
-        return "splash"
-    if platform == "gpu" and jnp.dtype(compute_dtype).itemsize == 2 and softcap is None:
-        return "cudnn"
-    return "reference"
+    if kernel == "reference" or (kernel == "splash" and platform == "tpu"):
+        return ""
+    if kernel == "splash":
+        return f"runs on TPUs, and this is {platform!r}"
+    widest = _widest_of_cudnn() if platform == "gpu" else 0
+    if not widest:
+        return f"runs on NVIDIA's GPUs, and this is {platform!r}"
+    if jnp.dtype(compute_dtype).itemsize != 2:
+        return f"computes in 16-bit types, and compute_dtype is '{jnp.dtype(compute_dtype)}'"
+    if head_dim > widest or head_dim % 8:
+        return (
+            f"on this GPU takes heads up to {widest} wide, in steps of 8, and this base's are "
+            f"{head_dim}"
+        )
+    if softcap is not None:
+        return f"cannot bound scores, and this base bounds them by {softcap}"
+    return ""
+
+
+def _widest_of_cudnn() -> int:
+    """The widest heads of cuDNN's attention on this process's GPU; 0 where it is not NVIDIA's."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    major = capability.partition(".")[0]  # AMD's have names there
+    if not major.isdecimal():
+        return 0
+    return 256 if int(major) >= 9 else 128
+
+
+def choose_kernel(
+    platform: str, compute_dtype: jnp.dtype, head_dim: int, softcap: float | None
+) -> Kernel:
+    """The fused kernel for a model, or the reference where none can; arguments of `why_not`."""
+    model = (platform, compute_dtype, head_dim, softcap)
+    fused: tuple[Kernel, ...] = ("splash", "cudnn")
+    return next((kernel for kernel in fused if not why_not(kernel, *model)), "reference")
 
 
 def frequencies(head_dim: int, theta: float | None, scaling: RopeScaling | None) -> np.ndarray:
@@ -128,7 +167,8 @@ def fused_attention(
     Returns:
       [B, T, N, H].
     """
-    if kernel == "cudnn":
+    # cuDNN has no gradient under a mask where T is odd.
+    if kernel == "cudnn" and segment_ids_BT.shape[1] % 2 == 0:
         return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, form)
     if kernel == "splash" and segment_ids_BT.shape[1] % _TILE == 0:
         # The kernel's mask is static, so layers of several kinds choose among kernels.

@@ -1,4 +1,7 @@
-"""FLOPs that a result needs, by the model's arithmetic; what is recomputed or padded is not useful.
+"""FLOPs of a step by the model's arithmetic: of every place in its rows, and none twice.
+
+Padding counts as tokens do, and the head also where there is no loss (a step may leave both out);
+what is recomputed does not count.
 
 Source: model FLOPs utilization, arXiv 2204.02311, appendix B.
 """

@@ -70,11 +70,13 @@ def gathered_mixture(
     """
 
     def own(leaf, *axes):
-        rows = leaf[ids_B]
+        # Cast row by row: an expert's gradient is then summed over rows in the leaf's own type.
+        rows = leaf[ids_B].astype(x_BTD.dtype)
         if "embed" in axes:
             # As in the embedding: each device gathers its part of an expert for all of fsdp's
             # rows, and only then a row's expert comes to where the row is.
-            rows = constrain(leaf[constrain(ids_B, "gathered_batch")], "gathered_batch", *axes)
+            rows = leaf[constrain(ids_B, "gathered_batch")].astype(x_BTD.dtype)
+            rows = constrain(rows, "gathered_batch", *axes)
         return constrain(rows, "batch", *axes)
 
     z_BTR = contract("BTD,BDR->BTR", x_BTD, own(a_EDR, axes[0], "rank")).astype(x_BTD.dtype)
@@ -85,6 +87,7 @@ def dense_mixture(
     x_BTD: jax.Array, a_EDR: jax.Array, b_ERO: jax.Array, gates_BTE: jax.Array
 ) -> jax.Array:
     """(1) for any gates -> [B, T, O]."""
+    a_EDR, b_ERO = a_EDR.astype(x_BTD.dtype), b_ERO.astype(x_BTD.dtype)
     z_BTER = project("BTD,EDR->BTER", x_BTD, a_EDR) * gates_BTE[..., None]
     return contract("BTER,ERO->BTO", z_BTER.astype(x_BTD.dtype), b_ERO)
 
@@ -181,14 +184,14 @@ class Projection(nn.Module):
             nn.initializers.normal(width**-0.5),
             (self.num_experts, width, self.experts.rank),
             ("expert", in_axis, "rank"),
-        ).astype(x_BTD.dtype)
+        )
         b_ERO = expert_leaf(
             self,
             "b",
             nn.initializers.zeros,
             (self.num_experts, self.experts.rank, self.features),
             ("expert", "rank", out_axis),
-        ).astype(x_BTD.dtype)
+        )
         if isinstance(routing, OwnExpert):
             mixture_BTO = gathered_mixture(x_BTD, a_EDR, b_ERO, routing.ids_B, self.axes)
         else:

@@ -10,9 +10,10 @@ Shape letters: B batch, T tokens, C cache slots, D model, N query heads, K key/v
 dim, F mlp, V vocabulary, E experts, S router slots, L layers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -32,6 +33,7 @@ from safemoe_jax.model.attention import (
     fused_attention,
     rotary,
     rotation,
+    why_not,
 )
 from safemoe_jax.model.cache import CACHE_AXES, Cache
 from safemoe_jax.model.lora import PROJECTED, Gates, Projection, Routed, Routing, kept
@@ -289,7 +291,12 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: Config, spec: ModelSpec, platform: str = "", rests: ParamDtype | None = None
+        cls,
+        config: Config,
+        spec: ModelSpec,
+        platform: str = "",
+        rests: ParamDtype | None = None,
+        attention: Kernel | Literal["auto"] | None = None,
     ) -> "Transformer":
         """The model of an experiment: one expert for each of its domains.
 
@@ -298,19 +305,24 @@ class Transformer(nn.Module):
           spec: its base.
           platform: "cpu", "gpu" or "tpu", that of the devices that it will run on, on which the
             attention kernel depends; where not given, that of this process's.
+          rests: how the base does, where the config alone does not say it.
+          attention: in place of the config's, which is no property of the weights.
 
         Raises:
-          UserError: where the config names a kernel that cannot compute the base's attention.
+          UserError: where the kernel that is named cannot compute the base's attention there.
         """
-        compute_dtype, kernel = jnp.dtype(config.model.compute_dtype), config.model.attention
-        if kernel == "auto":
-            kernel = choose_kernel(
-                platform or jax.default_backend(), compute_dtype, spec.attention_softcap
-            )
-        if kernel == "cudnn" and spec.attention_softcap is not None:
+        compute_dtype = jnp.dtype(config.model.compute_dtype)
+        named = attention or config.model.attention
+        heads = (
+            platform or jax.default_backend(),
+            compute_dtype,
+            spec.head_dim,
+            spec.attention_softcap,
+        )
+        kernel = choose_kernel(*heads) if named == "auto" else named
+        if reason := why_not(kernel, *heads):
             raise UserError(
-                "config.model.attention is 'cudnn', which cannot bound scores, and this base "
-                f"bounds them by {spec.attention_softcap}; set 'auto' or 'reference'"
+                f"config.model.attention is {kernel!r}, which {reason}; set 'auto' or 'reference'"
             )
         return cls(
             spec=spec,
@@ -322,6 +334,14 @@ class Transformer(nn.Module):
             remat=config.model.remat,
             kernel=kernel,
         )
+
+    def with_experts(self, count: int, experts: ExpertsConfig | None = None) -> "Transformer":
+        """The same model with `count` experts, of their size or of another's.
+
+        Of fewer experts than `top_k` all are kept.
+        """
+        router = dataclasses.replace(self.router, top_k=min(self.router.top_k, count))
+        return self.clone(num_experts=count, router=router, experts=experts or self.experts)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache with room for `slots` tokens in each of `batch` rows, holding none."""

@@ -85,7 +85,9 @@ def _parts(length: int) -> int:
 
 
 def _tokens_at_once(parts: int, length: int, vocab_size: int) -> int:
-    at_once = _LOGITS_AT_ONCE[jax.default_backend()] * extent("parts", "vocab")
+    at_once = _LOGITS_AT_ONCE.get(jax.default_backend(), _LOGITS_AT_ONCE["gpu"]) * extent(
+        "parts", "vocab"
+    )
     return max(1, min(length, at_once // (parts * vocab_size)))
 
 

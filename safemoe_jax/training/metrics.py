@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.private_files import replacing
+from safemoe_jax.progress import console
 
 Split = Literal["train", "validation"]
 
@@ -65,13 +66,22 @@ class MetricsWriter:
     """metrics.jsonl: a line per row, appended as training goes."""
 
     def __init__(self, path: Path, stage: str, from_step: int) -> None:
-        """Opens the file and drops the stage's rows after `from_step`, which a killed run left."""
+        """Opens the file and drops the stage's rows after `from_step`, which a killed run left.
+
+        What is missing of the steps before is said, and stays missing.
+        """
         self._path, self._stage = path, stage
         rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept = [row for row in rows if not self._is_stale(row, from_step)]
         if len(kept) < len(rows):
             with replacing(path) as file:  # a kill in between loses no row
                 file.writelines(kept)
+        there = {row["step"] for row in map(json.loads, kept) if self._is_of_a_step(row)}
+        if missing := from_step - len(there):
+            console.print(
+                f"{path.name} has lost {missing} of the {from_step} train steps of {stage} so far; "
+                "what is trained is the same"
+            )
 
     def write(self, step: int, split: Split, **values: float) -> None:
         row = {"stage": self._stage, "step": step, "split": split, "time": time.time(), **values}
@@ -80,6 +90,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         pass
+
+    def _is_of_a_step(self, row: Mapping[str, Any]) -> bool:
+        return row["stage"] == self._stage and row.get("split") == "train"
 
     def _is_stale(self, line: str, from_step: int) -> bool:
         try:

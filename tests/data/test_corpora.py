@@ -9,6 +9,7 @@ import pytest
 from safemoe_jax.config import DataConfig
 from safemoe_jax.data import corpora, rules, splits
 from safemoe_jax.data.corpora import load_corpus, load_judge_rows
+from safemoe_jax.data.sources import Reject, pyrit_scores, pyrit_tables
 from safemoe_jax.errors import UserError
 
 DOMAINS = (
@@ -83,6 +84,19 @@ def test_the_judge_learns_from_no_prompt_of_a_model(pyrit):
     assert sum(row.harmful is not None for row in rows) > 200
     assert sum(row.refused is not None for row in rows) > 140
     assert not [row for row in rows if rules.hazard("", row.prompt, row.response)]
+
+
+def test_a_judge_learns_no_label_that_another_table_contradicts(pyrit):
+    said = collections.defaultdict(set)
+    for example in pyrit.select(splits={"judge"}):
+        said[example.prompt, example.response].add(example.label == "unsafe")
+    for name in pyrit_tables("objective"):
+        for item in pyrit_scores(name):
+            if not isinstance(item, Reject):
+                said[item[0], item[1]].add(item[2] >= 0.5)
+    rows = load_judge_rows(pyrit)
+    disputed = [row for row in rows if len(said[row.prompt, row.response]) > 1]
+    assert disputed and all(row.harmful is None for row in disputed)
 
 
 def test_a_judge_of_another_corpus_still_learns_from_pyrit(pyrit, tmp_path):

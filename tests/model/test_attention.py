@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -223,12 +224,46 @@ def test_a_layer_of_each_kind_gets_the_kernel_of_its_window(segmented, monkeypat
         np.testing.assert_array_equal(of_kind(kind), q * window)
 
 
-def test_each_platform_has_its_kernel():
+def gpu(monkeypatch, compute_capability):
+    device = types.SimpleNamespace(compute_capability=compute_capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+def test_each_platform_has_its_kernel(monkeypatch):
+    gpu(monkeypatch, "9.0")
     kinds = [("cpu", "float32"), ("gpu", "float32"), ("gpu", "bfloat16"), ("tpu", "float32")]
-    chosen = [choose_kernel(platform, jnp.dtype(kind), None) for platform, kind in kinds]
+    chosen = [choose_kernel(platform, jnp.dtype(kind), 64, None) for platform, kind in kinds]
     assert chosen == ["reference", "reference", "cudnn", "splash"]
-    capped = [choose_kernel(platform, jnp.dtype("bfloat16"), 50.0) for platform in ("gpu", "tpu")]
+    capped = [
+        choose_kernel(platform, jnp.dtype("bfloat16"), 64, 50.0) for platform in ("gpu", "tpu")
+    ]
     assert capped == ["reference", "splash"]
+
+
+@pytest.mark.parametrize(
+    ("compute_capability", "head_dim", "kernel"),
+    [
+        ("8.0", 128, "cudnn"),
+        ("8.0", 256, "reference"),
+        ("9.0", 256, "cudnn"),
+        ("12.0", 264, "reference"),
+        ("9.0", 100, "reference"),
+        ("gfx942", 64, "reference"),  # AMD's
+    ],
+)
+def test_heads_that_cudnn_refuses_go_through_the_reference(
+    monkeypatch, compute_capability, head_dim, kernel
+):
+    gpu(monkeypatch, compute_capability)
+    assert choose_kernel("gpu", jnp.dtype("bfloat16"), head_dim, None) == kernel
+
+
+def test_rows_of_odd_length_do_not_go_to_cudnn():
+    q, k, v, _, _ = arrays()
+    ids, mask = np.ones((B, T), np.int32), np.tril(np.ones((B, T, T), bool))
+    assert T % 2
+    found = fused_attention("cudnn", q, k, v, mask, ids, (None,), 0, PLAIN)
+    np.testing.assert_array_equal(found, attention(q, k, v, mask, None, PLAIN))
 
 
 def test_rotary_turns_pairs_of_halves_by_the_position():

@@ -60,6 +60,33 @@ def test_gathered_mixture_is_the_dense_one_with_one_hot_gates(arrays):
     np.testing.assert_allclose(gathered, mixture(x, a, b, gates_BTE), rtol=0, atol=1e-5)
 
 
+def test_an_experts_gradient_is_summed_over_rows_in_full_precision():
+    rng = np.random.default_rng(2)
+    rows, ids_B = 64, np.zeros(64, np.int32)
+    x = jnp.asarray(rng.normal(size=(rows, T, D)), jnp.bfloat16)
+    kernel = np.zeros((OUT, D), np.float32)
+    experts = {
+        name: rng.normal(size=size).astype(np.float32)
+        for name, size in (("a", (1, D, R)), ("b", (1, R, OUT)))
+    }
+    projection = Projection(
+        OUT, ("embed", "heads"), ExpertsConfig(("q",), R, R), 1, jnp.float32, name="q"
+    )
+
+    @jax.jit
+    @jax.grad
+    def gradient(experts, x_BTD, ids_B):
+        variables = {"params": {"kernel": kernel}, "experts": experts}
+        return jnp.sin(projection.apply(variables, x_BTD, OwnExpert(ids_B))).sum()
+
+    of_all = gradient(experts, x, ids_B)
+    by_row = [gradient(experts, x[row, None], ids_B[:1]) for row in range(rows)]
+    for name, found in of_all.items():
+        each = [of_row[name] for of_row in by_row]
+        expected = np.sum(np.asarray(each, np.float64), axis=0)
+        assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 6.0])
 def test_projection_adds_the_mixture_times_alpha_over_rank(arrays, alpha):
     x, a, b, gates, kernel = (arrays[name] for name in ("x", "a", "b", "gates", "kernel"))

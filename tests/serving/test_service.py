@@ -10,7 +10,7 @@ LIMITS = Limits(slots=3, max_queue=40, max_length=400, max_tokens=300)
 
 def test_the_largest_pass_is_tried_before_anybody_waits(loaded, monkeypatch):
     """Else the first many long prompts at once would find out whether they fit into memory."""
-    monkeypatch.setattr(engine, "_TOKENS_AT_ONCE", {"cpu": 2 * LIMITS.max_length + 112})
+    monkeypatch.setitem(engine._TOKENS_AT_ONCE, "cpu", 2 * LIMITS.max_length + 112)
     read = []
 
     class Watched(Engine):

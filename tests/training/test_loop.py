@@ -229,7 +229,7 @@ def test_a_notice_from_the_cloud_is_as_good_as_a_signal(monkeypatch):
 
 
 @pytest.mark.parametrize("torn", ["{", "\n\x00", "[1]\n"])
-def test_torn_metrics_are_dropped_and_no_other_row(tmp_path, torn):
+def test_torn_metrics_are_dropped_and_no_other_row(tmp_path, torn, capsys):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path, "experts", 0)
     for step in (1, 2, 3):
@@ -237,6 +237,13 @@ def test_torn_metrics_are_dropped_and_no_other_row(tmp_path, torn):
     path.write_text(path.read_text() + torn)
     MetricsWriter(path, "experts", 2).write(3, "train", loss=2.0)
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert capsys.readouterr().out == ""
+    lines = path.read_text().splitlines(keepends=True)
+    MetricsWriter(path, "experts", 3).write(3, "validation", loss=1.0)
+    path.write_text("".join(lines[1:]))
+    MetricsWriter(path, "experts", 3)
+    assert "metrics.jsonl has lost 1 of the 3 train steps of experts" in capsys.readouterr().out
+    path.write_text("".join(lines))
     path.write_text(path.read_text().rstrip("\n"))  # a whole row, but for its end
     MetricsWriter(path, "router", 0).write(1, "train", loss=3.0)
     assert [row["loss"] for row in rows(tmp_path)] == [1.0, 1.0, 3.0]

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from safemoe_jax.config import freeze
 from safemoe_jax.errors import UserError
+from safemoe_jax.generate import on_devices
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.artefact import manifest_digest
@@ -136,6 +137,20 @@ def test_comes_back_as_it_was_written(tmp_path, base, router):
     assert found.manifest["data_licenses"] == {"pyrit": "MIT"}
     for name in ("experts", "router"):
         jax.tree.map(np.testing.assert_array_equal, getattr(found, name), written[name])
+
+
+def test_a_bundle_of_other_devices_answers_on_these(tmp_path, base):
+    settings = config()
+    leaves = trees(base, settings)
+    for kernel, home in (("splash", "TPUs"), ("cudnn", "NVIDIA's GPUs")):
+        model = dataclasses.replace(settings.model, attention=kernel, compute_dtype="bfloat16")
+        settings = dataclasses.replace(settings, model=model)
+        message = f"is '{kernel}', which runs on {home}, and this is 'cpu'; set 'auto'"
+        with pytest.raises(UserError, match=message):
+            Transformer.from_config(settings, base.spec)
+    directory = tmp_path / "bundle"
+    write_bundle(directory, base=base, config=settings, provenance={}, **leaves)
+    assert on_devices(directory, read_bundle(directory, None)).model.kernel == "reference"
 
 
 def test_is_its_owners_alone_and_leaves_nothing_beside_it(bundle):
