@@ -133,7 +133,7 @@ def test_the_compilers_own_refusal_is_read(topology):
             config.train, experts=dataclasses.replace(config.train.experts, rows=512)
         ),
     )
-    deep = dataclasses.replace(SPEC, num_layers=40)
+    deep = dataclasses.replace(SPEC, num_layers=40, max_positions=2048)
     found = planning.plan(config, deep, topology, ("train-experts",))
     (one,) = found.figures
     assert not found.fits
