@@ -69,6 +69,8 @@ def entry() -> NoReturn:
     A save that failed can leave a thread of Orbax behind that waits ten minutes for what will not
     come. The process does not: its message is said, and who started it wants the exit code.
     """
+    # That torch is not installed is no news: only tokenizers and configs are wanted.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     code = main()
     left = [one for one in threading.enumerate() if type(one).__module__.startswith("orbax.")]
     if code and left:
