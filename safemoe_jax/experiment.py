@@ -136,6 +136,17 @@ class Experiment:
         return [example for example in safe if rules.is_refusal(example.response)]
 
     def packed(self, examples: Sequence[Example], *, by_domain: bool) -> PackedCorpus:
+        """Text of a stage, packed: a stream for each domain, or one of all.
+
+        Raises:
+          UserError: where there is none for the experts; the router's is counted in `stages`.
+        """
+        if by_domain and not examples:
+            there = (f"{len(self.unsafe(split))} for {split}" for split in ("train", "validation"))
+            raise UserError(
+                f"the corpus has too few unsafe answers: {', '.join(there)}; add some, or check "
+                "data.domains and data.unsafe_min_score"
+            )
         return pack(
             examples,
             self.chat,

@@ -17,7 +17,7 @@ import jax
 from safemoe_jax.config import to_dict
 from safemoe_jax.controls import Controls
 from safemoe_jax.data.chat import colored
-from safemoe_jax.data.corpora import load_judge_rows
+from safemoe_jax.data.corpora import Example, load_judge_rows
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks, ledger, metrics, panel
 from safemoe_jax.evaluation.asked import Asked, AskedJudge, parse_judges
@@ -54,7 +54,7 @@ from safemoe_jax.evaluation.systems import (
     title,
 )
 from safemoe_jax.evaluation.terminal import terminal_table
-from safemoe_jax.evaluation.validity import validity
+from safemoe_jax.evaluation.validity import human_answers, validity
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.local_judge import LocalJudge
@@ -86,12 +86,12 @@ def data(experiment: Experiment, show: int = 0) -> None:
     console.print(
         f"{counts['rows']} rows read, {counts['kept']} kept; dropped: {counts['dropped']}"
     )
-    for split in ("train", "validation", "test"):
-        sets = [("safe, informative", experiment.safe_informative(split), False)]
-        if experiment.imported is None:
-            sets.insert(0, ("unsafe", experiment.unsafe(split), True))
-        for name, examples, by_domain in sets:
-            packed = experiment.packed(examples, by_domain=by_domain)
+    for split in ("train", "validation"):
+        for name, examples in _sets(experiment, split).items():
+            if not examples:
+                console.print(f"{split}, {name}: none")
+                continue
+            packed = experiment.packed(examples, by_domain=name == "unsafe")
             tokens = packed.tokens
             console.print(
                 f"{split}, {name}: {packed.counts['examples']} examples in {packed.num_rows} rows "
@@ -99,9 +99,16 @@ def data(experiment: Experiment, show: int = 0) -> None:
                 f"loss; cut to fit: {packed.counts['responses_cut']} answers, "
                 f"{packed.counts['prompts_cut']} prompts"
             )
-            if split == "train":
-                for index in range(min(show, packed.num_rows)):
-                    console.print(colored(packed.row(index), experiment.chat.tokenizer.decode))
+            for index in range(min(show, packed.num_rows) if split == "train" else 0):
+                console.print(colored(packed.row(index), experiment.chat.tokenizer.decode))
+    for name, examples in _sets(experiment, "test").items():  # asked, never packed
+        console.print(f"test, {name}: " + (f"{len(examples)} examples" if examples else "none"))
+
+
+def _sets(experiment: Experiment, split: str) -> dict[str, list[Example]]:
+    """What the stages learn of a split, by name."""
+    own = {"unsafe": experiment.unsafe(split)} if experiment.imported is None else {}
+    return {**own, "safe, informative": experiment.safe_informative(split)}
 
 
 def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
@@ -222,6 +229,12 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
     path = directory / "results.json"
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
         return json.loads(path.read_text())
+    informed = benchmarks.held_out(
+        experiment.safe_informative(config.evaluation.split),
+        config.data.domains,
+        config.evaluation.prompts_per_domain,
+    )
+    human = human_answers(informed, config.evaluation.split)
     directory.mkdir(exist_ok=True, mode=0o700)
     for further in judges if is_first() else ():
         further.check()  # now, not after hours of generating
@@ -246,12 +259,7 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
         seed=config.seed,
     )
     judge.measure(experiment.corpus.select(splits={"test"}))
-    informed = benchmarks.held_out(
-        experiment.safe_informative(config.evaluation.split),
-        config.data.domains,
-        config.evaluation.prompts_per_domain,
-    )
-    valid = validity(judge, informed, config.seed)
+    valid = validity(judge, human, config.seed)
     outcomes, rows = judge_answers(answers, judge, directory)
     experiment.workdir.send_evaluation()
     compared = [row for row in likelihoods if row["system"] in config.evaluation.systems]

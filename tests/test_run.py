@@ -348,6 +348,15 @@ def test_an_unknown_judge_is_named_before_anything_is_done(home, capsys):
     assert not (home / "new" / "experts").exists()
 
 
+def test_a_judge_that_cannot_be_checked_is_told_before_anything_is_answered(
+    home, monkeypatch, capsys
+):
+    monkeypatch.setattr(Experiment, "safe_informative", lambda self, split: [])
+    monkeypatch.setattr(run, "measure", None)
+    assert safemoe(home, "evaluate", "--config.evaluation.max_new_tokens=3") == 2
+    assert "the test split has 0 human safe-informative answers" in capsys.readouterr().err
+
+
 def test_only_what_is_evaluated_otherwise_is_done_anew(home, monkeypatch):
     """The last test of the finished run: its results are of the stub judge afterwards."""
     metrics = (home / "run" / "metrics.jsonl").read_bytes()
