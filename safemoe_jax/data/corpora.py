@@ -42,7 +42,9 @@ from safemoe_jax.remote import local_copy
 
 _ROWS = "rows"  # the one TFDS split; what a row may be used for is a feature
 # Raise it when what is stored for the same source and settings changes.
-_FORMATS = {"pyrit": 1, "beavertails": 2, "jsonl": 2}
+_FORMATS = {"pyrit": 1, "beavertails": 3, "jsonl": 2}
+# Why a row has no label; one from JSON lines always has.
+_UNDECIDED = {"pyrit": "score between safe and unsafe", "beavertails": "annotators disagree"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +404,7 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
             place += 1
             # Dropped rows' prompts are grouped, too: the splits do not depend on the settings.
             prompts[rules.fold(row.prompt)] = None
-            if reason := _drop_reason(row, config.domains):
+            if reason := _drop_reason(row, config):
                 dropped[reason] += 1
             elif (digest := _digest(row)) in first:
                 repeated[digest].append(row.label)
@@ -433,14 +435,14 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
     )
 
 
-def _drop_reason(row: Row, domains: tuple[str, ...]) -> str | None:
+def _drop_reason(row: Row, config: DataConfig) -> str | None:
     """Why a readable row is not kept, whatever others there are, or None."""
     texts = [message["content"] for message in row.messages]
     if reason := rules.hazard(row.domain, *texts, row.response):
         return reason
     if row.label is None:
-        return "score between safe and unsafe"
-    if row.domain not in domains:
+        return _UNDECIDED[config.corpus]
+    if row.domain not in config.domains:
         return "domain not configured"
     return None
 
