@@ -241,7 +241,7 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
     times = _count(experiment, key, sets)
     if ungated := [name for name in config.evaluation.systems if is_ungated(name)]:
         console.print(f"[bold red]ungated[/]: {', '.join(ungated)}; answers are in {directory}")
-    controls, judge_rows = Controls(experiment), load_judge_rows(experiment.corpus)
+    controls, judge_rows = Controls(experiment), load_judge_rows(experiment.corpus, config.data)
     prompts, facts = _prompts(experiment, sets, [row.prompt for row in judge_rows])
     asking = Asking(
         chat=experiment.chat,

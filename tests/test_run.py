@@ -53,7 +53,7 @@ def home(tmp_path_factory):
         monkeypatch.setenv("SAFEMOE_CACHE", str(home / "cache"))
         # A part of the judge's rows is enough to see it fitted, and much faster.
         load = run.load_judge_rows
-        monkeypatch.setattr(run, "load_judge_rows", lambda corpus: load(corpus)[::4])
+        monkeypatch.setattr(run, "load_judge_rows", lambda *given: load(*given)[::4])
         yield _finished(home)
 
 

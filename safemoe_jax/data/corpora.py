@@ -233,7 +233,7 @@ def _source(config: DataConfig) -> Source:
     return JsonlSource(local_copy(config.path))
 
 
-def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
+def load_judge_rows(corpus: Corpus, config: DataConfig) -> list[JudgeRow]:
     """What a judge of this corpus' models may learn from.
 
     That is the corpus' judge split, and the tables of PyRIT whose prompts are nowhere in the
@@ -241,6 +241,10 @@ def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
     refusal_scorer/ (was it refused?), for another corpus than PyRIT's also harm/. An answer that
     occurs in several tables is one row, without a label in which they contradict each other.
     `rules.hazard` applies here, too.
+
+    Args:
+      corpus: what the judged models learn and are asked.
+      config: its own; from its thresholds on a score of harm/ is a label.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -262,7 +266,7 @@ def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
                 if not rules.hazard(Path(name).stem, prompt, response):
                     add(prompt, response, f"pyrit {name}", **{key: score >= 0.5})
     if not isinstance(corpus.source, PyritSource):
-        for row in PyritSource(unsafe_min_score=0.5, safe_max_score=0.25).rows():
+        for row in PyritSource(config.unsafe_min_score, config.safe_max_score).rows():
             if (
                 isinstance(row, Row)
                 and row.label
