@@ -61,7 +61,7 @@ from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.hosts import is_first
 from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
-from safemoe_jax.stages import own_bundle, safe_text, train_router
+from safemoe_jax.stages import OWN, own_bundle, safe_text, train_router
 from safemoe_jax.weights.artefact import MANIFEST, file_digest
 from safemoe_jax.weights.base import fetch_base
 from safemoe_jax.weights.bundle import Bundle, write_card
@@ -122,7 +122,7 @@ def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
     if not experiment.workdir.bundle.exists():
         train_router(experiment)
     bundle = own_bundle(experiment)  # checked, before what it was made of goes
-    for stage in ("experts", "router") if is_first() else ():
+    for stage in OWN if is_first() else ():
         kept = experiment.workdir.checkpoints(stage).parent
         if not keep_experts:
             kept.rmtree(missing_ok=True)

@@ -108,7 +108,7 @@ def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
                 for row in each["validity"]
             ],
         },
-        "test_evaluations": [each.get("test_evaluations", {}) for each in results],
+        "test_evaluations": [each["test_evaluations"] for each in results],
         "curves": _curves(_json_lines(workdirs[0] / "metrics.jsonl")),
         "answers": _shown_answers(answers, texts == "whole"),
         "gated": _gated_answers(answers, texts == "whole"),
