@@ -452,8 +452,7 @@ def _budget(experiment: Experiment) -> dict[str, str]:
         unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
         there = {"experts": unsafe.tokens.loss, **there}
     seen = dict.fromkeys(there, 0.0)
-    for line in experiment.workdir.metrics.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_json_lines(experiment.workdir.metrics):
         if row["split"] == "train" and row["stage"] in seen:
             seen[row["stage"]] += row["loss_tokens"]
     return {

@@ -134,6 +134,21 @@ def test_a_row_that_the_template_refuses_stops_no_run(tmp_path, capsys):
     assert "{'rejected: the chat template refuses its turns': 1}" in said
 
 
+def test_a_torn_line_of_metrics_costs_that_line_alone(tmp_path, monkeypatch):
+    metrics = tmp_path / "metrics.jsonl"
+    row = {"stage": "router", "split": "train", "loss_tokens": 30.0}
+    metrics.write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
+    packed = types.SimpleNamespace(tokens=types.SimpleNamespace(loss=20))
+    monkeypatch.setattr(run, "safe_text", lambda experiment: (packed, packed))
+    experiment = types.SimpleNamespace(
+        config=types.SimpleNamespace(experts=types.SimpleNamespace(source="set")),
+        workdir=types.SimpleNamespace(metrics=metrics),
+    )
+    assert run._budget(experiment) == {
+        "router": "30 answer tokens seen of 20 there (1.5 epochs)",
+    }
+
+
 def corpus_without(path, missing):
     """Writes the tiny corpus but for rows of {(label, split)}."""
     tiny.write_corpus(path)
