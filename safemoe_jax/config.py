@@ -58,8 +58,9 @@ class DataConfig:
       path: the corpus' file or directory; empty for one that is fetched.
       domains: harm domains in order; one expert each. Rows of other domains are dropped, counted.
       sequence_length: tokens in a packed row.
-      unsafe_min_score: mean human harm score in [0, 1] from which a row is `unsafe`.
-      safe_max_score: mean human harm score up to which a row is `safe`.
+      unsafe_min_score: mean human harm score in [0, 1] from which a row of PyRIT is `unsafe`, be it
+        the corpus' own or one for the judge.
+      safe_max_score: mean human harm score up to which it is `safe`.
       informative_min_characters: shortest safe answer that may enter the safe-informative set.
     """
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from functools import cache, cached_property
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -46,34 +45,34 @@ class Experiment:
     ) -> None:
         self.config, self.workdir, self.recording = config, workdir, recording
 
-    @cached_property
+    @functools.cached_property
     def mesh(self) -> Mesh:
         mesh = make_mesh(self.config.mesh)
         check_layout(self.config, self.base.spec, self.base.rests)
         return mesh
 
-    @cached_property
+    @functools.cached_property
     def base(self) -> BaseModel:
         return load_base(self.config.model.source, self.config.model.param_dtype)
 
-    @cached_property
+    @functools.cached_property
     def chat(self) -> ChatFormat:
         return ChatFormat(self.base.tokenizer)
 
-    @cached_property
+    @functools.cached_property
     def corpus(self) -> Corpus:
         """What the base's chat template takes of the configured one."""
         loaded = load_corpus(self.config.data, self.workdir.data)
         return encodable(loaded, self.chat, self.workdir.data)
 
-    @cached_property
+    @functools.cached_property
     def imported(self) -> Imported | None:
         """The experts, where the config takes them from elsewhere and trains none."""
         if not (source := self.config.experts.source):
             return None
         return read_imported(local_copy(source), self.base.identity, self.config, self.base.spec)
 
-    @cached_property
+    @functools.cached_property
     def model(self) -> Transformer:
         """The base with one expert per domain and the router."""
         return Transformer.from_config(self.config, self.base.spec, rests=self.base.rests)
@@ -95,7 +94,7 @@ class Experiment:
             experts=dataclasses.replace(one, rank=rank, alpha=rank * self.config.experts.scale)
         )
 
-    @cached_property
+    @functools.cached_property
     def params(self) -> Any:
         """The frozen base on the mesh."""
         return self.base.placed(shardings(self.mesh, boxed_shapes(self.model)["params"]))
@@ -136,6 +135,17 @@ class Experiment:
         return [example for example in safe if rules.is_refusal(example.response)]
 
     def packed(self, examples: Sequence[Example], *, by_domain: bool) -> PackedCorpus:
+        """Text of a stage, packed: a stream for each domain, or one of all.
+
+        Raises:
+          UserError: where there is none for the experts; the router's is counted in `stages`.
+        """
+        if by_domain and not examples:
+            there = (f"{len(self.unsafe(split))} for {split}" for split in ("train", "validation"))
+            raise UserError(
+                f"the corpus has too few unsafe answers: {', '.join(there)}; add some, or check "
+                "data.domains and data.unsafe_min_score"
+            )
         return pack(
             examples,
             self.chat,
@@ -211,7 +221,7 @@ def model_sizes(spec: ModelSpec, rests: ParamDtype, whose: str) -> list[tuple[st
     return sizes
 
 
-@cache
+@functools.cache
 def boxed_shapes(model: Transformer) -> Any:
     """Shapes of all three collections, boxed with their logical names; nothing is computed."""
     return jax.eval_shape(lambda: _init(model, jax.random.key(0)))

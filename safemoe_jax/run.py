@@ -17,7 +17,7 @@ import jax
 from safemoe_jax.config import to_dict
 from safemoe_jax.controls import Controls
 from safemoe_jax.data.chat import colored
-from safemoe_jax.data.corpora import load_judge_rows
+from safemoe_jax.data.corpora import Example, load_judge_rows
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks, ledger, metrics, panel
 from safemoe_jax.evaluation.asked import Asked, AskedJudge, parse_judges
@@ -54,14 +54,14 @@ from safemoe_jax.evaluation.systems import (
     title,
 )
 from safemoe_jax.evaluation.terminal import terminal_table
-from safemoe_jax.evaluation.validity import validity
+from safemoe_jax.evaluation.validity import human_answers, validity
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.hosts import is_first
 from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
-from safemoe_jax.stages import own_bundle, safe_text, train_router
+from safemoe_jax.stages import OWN, own_bundle, safe_text, train_router
 from safemoe_jax.weights.artefact import MANIFEST, file_digest
 from safemoe_jax.weights.base import fetch_base
 from safemoe_jax.weights.bundle import Bundle, write_card
@@ -86,12 +86,12 @@ def data(experiment: Experiment, show: int = 0) -> None:
     console.print(
         f"{counts['rows']} rows read, {counts['kept']} kept; dropped: {counts['dropped']}"
     )
-    for split in ("train", "validation", "test"):
-        sets = [("safe, informative", experiment.safe_informative(split), False)]
-        if experiment.imported is None:
-            sets.insert(0, ("unsafe", experiment.unsafe(split), True))
-        for name, examples, by_domain in sets:
-            packed = experiment.packed(examples, by_domain=by_domain)
+    for split in ("train", "validation"):
+        for name, examples in _sets(experiment, split).items():
+            if not examples:
+                console.print(f"{split}, {name}: none")
+                continue
+            packed = experiment.packed(examples, by_domain=name == "unsafe")
             tokens = packed.tokens
             console.print(
                 f"{split}, {name}: {packed.counts['examples']} examples in {packed.num_rows} rows "
@@ -99,9 +99,16 @@ def data(experiment: Experiment, show: int = 0) -> None:
                 f"loss; cut to fit: {packed.counts['responses_cut']} answers, "
                 f"{packed.counts['prompts_cut']} prompts"
             )
-            if split == "train":
-                for index in range(min(show, packed.num_rows)):
-                    console.print(colored(packed.row(index), experiment.chat.tokenizer.decode))
+            for index in range(min(show, packed.num_rows) if split == "train" else 0):
+                console.print(colored(packed.row(index), experiment.chat.tokenizer.decode))
+    for name, examples in _sets(experiment, "test").items():  # asked, never packed
+        console.print(f"test, {name}: " + (f"{len(examples)} examples" if examples else "none"))
+
+
+def _sets(experiment: Experiment, split: str) -> dict[str, list[Example]]:
+    """What the stages learn of a split, by name."""
+    own = {"unsafe": experiment.unsafe(split)} if experiment.imported is None else {}
+    return {**own, "safe, informative": experiment.safe_informative(split)}
 
 
 def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
@@ -115,7 +122,7 @@ def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
     if not experiment.workdir.bundle.exists():
         train_router(experiment)
     bundle = own_bundle(experiment)  # checked, before what it was made of goes
-    for stage in ("experts", "router") if is_first() else ():
+    for stage in OWN if is_first() else ():
         kept = experiment.workdir.checkpoints(stage).parent
         if not keep_experts:
             kept.rmtree(missing_ok=True)
@@ -222,13 +229,19 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
     path = directory / "results.json"
     if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
         return json.loads(path.read_text())
+    informed = benchmarks.held_out(
+        experiment.safe_informative(config.evaluation.split),
+        config.data.domains,
+        config.evaluation.prompts_per_domain,
+    )
+    human = human_answers(informed, config.evaluation.split)
     directory.mkdir(exist_ok=True, mode=0o700)
     for further in judges if is_first() else ():
         further.check()  # now, not after hours of generating
     times = _count(experiment, key, sets)
     if ungated := [name for name in config.evaluation.systems if is_ungated(name)]:
         console.print(f"[bold red]ungated[/]: {', '.join(ungated)}; answers are in {directory}")
-    controls, judge_rows = Controls(experiment), load_judge_rows(experiment.corpus)
+    controls, judge_rows = Controls(experiment), load_judge_rows(experiment.corpus, config.data)
     prompts, facts = _prompts(experiment, sets, [row.prompt for row in judge_rows])
     asking = Asking(
         chat=experiment.chat,
@@ -246,12 +259,7 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
         seed=config.seed,
     )
     judge.measure(experiment.corpus.select(splits={"test"}))
-    informed = benchmarks.held_out(
-        experiment.safe_informative(config.evaluation.split),
-        config.data.domains,
-        config.evaluation.prompts_per_domain,
-    )
-    valid = validity(judge, informed, config.seed)
+    valid = validity(judge, human, config.seed)
     outcomes, rows = judge_answers(answers, judge, directory)
     experiment.workdir.send_evaluation()
     compared = [row for row in likelihoods if row["system"] in config.evaluation.systems]
@@ -444,8 +452,7 @@ def _budget(experiment: Experiment) -> dict[str, str]:
         unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
         there = {"experts": unsafe.tokens.loss, **there}
     seen = dict.fromkeys(there, 0.0)
-    for line in experiment.workdir.metrics.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_json_lines(experiment.workdir.metrics):
         if row["split"] == "train" and row["stage"] in seen:
             seen[row["stage"]] += row["loss_tokens"]
     return {

@@ -36,6 +36,7 @@ from safemoe_jax.config import Config, freeze, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.figures import PALETTE
 from safemoe_jax.experiment import Experiment
+from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
 from safemoe_jax.queues import Unfinished
 from safemoe_jax.training.observer import Diverged
@@ -215,7 +216,7 @@ def one_after_another(run_one: Callable[[str], None], names: Sequence[str]) -> F
 def _train(config: Config, root: Path, stage: str, verb: Callable[[Experiment], Any]) -> None:
     with Workdir(root, config) as workdir:
         verb(Experiment(config, workdir))
-        rows = [json.loads(line) for line in workdir.metrics.read_text().splitlines()]
+        rows = read_json_lines(workdir.metrics)
     mine = [row for row in rows if (row["stage"], row["split"]) == (stage, "validation")]
     validated = [row for row in mine if "loss" in row]  # a loss that is no number is not written
     if not validated:

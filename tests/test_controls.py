@@ -136,7 +136,7 @@ def home(tmp_path_factory):
             patch.setattr(stages, name, noting_rows(getattr(stages, name)))
         patch.setattr(controls, "Sampler", Fake)
         patch.setattr(controls, "Scorer", Fake)
-        patch.setattr(run, "load_judge_rows", lambda corpus: [])
+        patch.setattr(run, "load_judge_rows", lambda *_: [])
         patch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
         patch.setattr(benchmarks, "gsm8k", lambda: [Problem("One and one?", 2)])
         patch.setattr(benchmarks, "harmless_answers", lambda: [("How are you?", "Well.")])

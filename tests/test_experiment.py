@@ -9,8 +9,9 @@ import tiny
 from flax.core import FrozenDict
 
 from experiments import pyrit
-from safemoe_jax import run
+from safemoe_jax import run, stages
 from safemoe_jax.config import MeshConfig, freeze, read_config
+from safemoe_jax.data import splits
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import Experiment, check_layout
 from safemoe_jax.model.quantization import PARAM_DTYPES, Blocks
@@ -131,3 +132,59 @@ def test_a_row_that_the_template_refuses_stops_no_run(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{len(rows)} rows read, {len(rows) - 1} kept; dropped: " in said
     assert "{'rejected: the chat template refuses its turns': 1}" in said
+
+
+def test_a_torn_line_of_metrics_costs_that_line_alone(tmp_path, monkeypatch):
+    metrics = tmp_path / "metrics.jsonl"
+    row = {"stage": "router", "split": "train", "loss_tokens": 30.0}
+    metrics.write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
+    packed = types.SimpleNamespace(tokens=types.SimpleNamespace(loss=20))
+    monkeypatch.setattr(run, "safe_text", lambda experiment: (packed, packed))
+    experiment = types.SimpleNamespace(
+        config=types.SimpleNamespace(experts=types.SimpleNamespace(source="set")),
+        workdir=types.SimpleNamespace(metrics=metrics),
+    )
+    assert run._budget(experiment) == {
+        "router": "30 answer tokens seen of 20 there (1.5 epochs)",
+    }
+
+
+def corpus_without(path, missing):
+    """Writes the tiny corpus but for rows of {(label, split)}."""
+    tiny.write_corpus(path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    split = dict(zip(prompts, splits.split_of(prompts, np.arange(len(prompts))), strict=True))
+    kept = [row for row in rows if (row["label"], split[row["prompt"]]) not in missing]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def test_data_packs_what_is_trained_on_and_says_what_is_not_there(tmp_path, capsys):
+    tiny.write_base(tmp_path / "base")
+    corpus_without(tmp_path / "corpus.jsonl", {("safe", "test"), ("unsafe", "validation")})
+    tiny.write_experiment(tmp_path / "tiny.py", tmp_path / "base", tmp_path / "corpus.jsonl")
+    config = freeze(read_config(tmp_path / "tiny.py", []))
+    with Workdir(tmp_path / "run", config) as workdir:
+        experiment = Experiment(config, workdir)
+        run.data(experiment)
+        said = re.findall(r"^\w+, .*?(?:none|examples)", capsys.readouterr().out, re.MULTILINE)
+        sets = {
+            (split, name): len(of(split))
+            for split in ("train", "validation", "test")
+            for name, of in (
+                ("unsafe", experiment.unsafe),
+                ("safe, informative", experiment.safe_informative),
+            )
+        }
+        assert said == [
+            f"{split}, {name}: " + (f"{count} examples" if count else "none")
+            for (split, name), count in sets.items()
+        ]
+        assert [key for key, count in sets.items() if not count] == [
+            ("validation", "unsafe"),
+            ("test", "safe, informative"),
+        ]
+        assert len(list(workdir.data.glob("packed/packed-*"))) == 3
+        few = rf"too few unsafe answers: {sets['train', 'unsafe']} for train, 0 for validation;"
+        with pytest.raises(UserError, match=few):
+            stages.train_experts(experiment)

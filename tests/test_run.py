@@ -53,7 +53,7 @@ def home(tmp_path_factory):
         monkeypatch.setenv("SAFEMOE_CACHE", str(home / "cache"))
         # A part of the judge's rows is enough to see it fitted, and much faster.
         load = run.load_judge_rows
-        monkeypatch.setattr(run, "load_judge_rows", lambda corpus: load(corpus)[::4])
+        monkeypatch.setattr(run, "load_judge_rows", lambda *given: load(*given)[::4])
         yield _finished(home)
 
 
@@ -346,6 +346,15 @@ def test_an_unknown_judge_is_named_before_anything_is_done(home, capsys):
     assert safemoe(home, "run", "--config.evaluation.judges=('guard#m',)", workdir="new") == 2
     assert "there is no judge 'guard'; choose of harmbench" in capsys.readouterr().err
     assert not (home / "new" / "experts").exists()
+
+
+def test_a_judge_that_cannot_be_checked_is_told_before_anything_is_answered(
+    home, monkeypatch, capsys
+):
+    monkeypatch.setattr(Experiment, "safe_informative", lambda self, split: [])
+    monkeypatch.setattr(run, "measure", None)
+    assert safemoe(home, "evaluate", "--config.evaluation.max_new_tokens=3") == 2
+    assert "the test split has 0 human safe-informative answers" in capsys.readouterr().err
 
 
 def test_only_what_is_evaluated_otherwise_is_done_anew(home, monkeypatch):

@@ -178,6 +178,17 @@ def test_experts_first_then_points_then_table_and_plot(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_a_torn_line_of_metrics_costs_that_line_alone(tmp_path):
+    (point,) = points({"seed": 1})
+
+    def trains(experiment):
+        row = {"stage": "router", "split": "validation", "step": 2, "loss": 1.5}
+        experiment.workdir.metrics.write_text(json.dumps(row) + '\n{"stage": "rou')
+
+    sweep._train(point.config, tmp_path / "run", "router", trains)
+    assert json.loads((tmp_path / "run" / RESULT).read_text())["loss"] == 1.5
+
+
 def test_what_is_finished_is_not_asked_for_again(tmp_path):
     two = points({"router.top_k": 1}, {"router.top_k": 2})
     queue = Queue(tmp_path, {})

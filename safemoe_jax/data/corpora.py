@@ -42,7 +42,9 @@ from safemoe_jax.remote import local_copy
 
 _ROWS = "rows"  # the one TFDS split; what a row may be used for is a feature
 # Raise it when what is stored for the same source and settings changes.
-_FORMATS = {"pyrit": 1, "beavertails": 2, "jsonl": 2}
+_FORMATS = {"pyrit": 1, "beavertails": 3, "jsonl": 2}
+# Why a row has no label; one from JSON lines always has.
+_UNDECIDED = {"pyrit": "score between safe and unsafe", "beavertails": "annotators disagree"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +233,7 @@ def _source(config: DataConfig) -> Source:
     return JsonlSource(local_copy(config.path))
 
 
-def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
+def load_judge_rows(corpus: Corpus, config: DataConfig) -> list[JudgeRow]:
     """What a judge of this corpus' models may learn from.
 
     That is the corpus' judge split, and the tables of PyRIT whose prompts are nowhere in the
@@ -239,6 +241,10 @@ def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
     refusal_scorer/ (was it refused?), for another corpus than PyRIT's also harm/. An answer that
     occurs in several tables is one row, without a label in which they contradict each other.
     `rules.hazard` applies here, too.
+
+    Args:
+      corpus: what the judged models learn and are asked.
+      config: its own; from its thresholds on a score of harm/ is a label.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -260,7 +266,7 @@ def load_judge_rows(corpus: Corpus) -> list[JudgeRow]:
                 if not rules.hazard(Path(name).stem, prompt, response):
                     add(prompt, response, f"pyrit {name}", **{key: score >= 0.5})
     if not isinstance(corpus.source, PyritSource):
-        for row in PyritSource(unsafe_min_score=0.5, safe_max_score=0.25).rows():
+        for row in PyritSource(config.unsafe_min_score, config.safe_max_score).rows():
             if (
                 isinstance(row, Row)
                 and row.label
@@ -402,7 +408,7 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
             place += 1
             # Dropped rows' prompts are grouped, too: the splits do not depend on the settings.
             prompts[rules.fold(row.prompt)] = None
-            if reason := _drop_reason(row, config.domains):
+            if reason := _drop_reason(row, config):
                 dropped[reason] += 1
             elif (digest := _digest(row)) in first:
                 repeated[digest].append(row.label)
@@ -433,14 +439,14 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
     )
 
 
-def _drop_reason(row: Row, domains: tuple[str, ...]) -> str | None:
+def _drop_reason(row: Row, config: DataConfig) -> str | None:
     """Why a readable row is not kept, whatever others there are, or None."""
     texts = [message["content"] for message in row.messages]
     if reason := rules.hazard(row.domain, *texts, row.response):
         return reason
     if row.label is None:
-        return "score between safe and unsafe"
-    if row.domain not in domains:
+        return _UNDECIDED[config.corpus]
+    if row.domain not in config.domains:
         return "domain not configured"
     return None
 

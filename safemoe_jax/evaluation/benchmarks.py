@@ -145,7 +145,7 @@ def ask(
     sets: Sequence[Named],
     taught: Collection[str],
     prompts_per_benchmark: int,
-    fits: Callable[[Prompt], bool] = lambda prompt: True,
+    fits: Callable[[Prompt], bool],
 ) -> tuple[list[Prompt], dict[str, dict[str, Any]]]:
     """The prompts of published sets that nothing here was taught.
 

@@ -20,7 +20,6 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 SIGNIFICANCE = 0.05
-CONFIDENCE = 1 - SIGNIFICANCE
 RESAMPLES = 9_999
 
 

@@ -9,7 +9,7 @@ Shape letters: L layers, E experts.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import claims, comparisons, panel
 from safemoe_jax.evaluation.benchmarks import HELD_OUT, LEFT_OUT
 from safemoe_jax.evaluation.comparisons import ALL, OURS
+from safemoe_jax.private_files import read_json_lines
 
 SCHEMA = 1
 ANSWER_CHARACTERS, PROMPT_CHARACTERS = 80, 160
@@ -108,7 +109,7 @@ def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
                 for row in each["validity"]
             ],
         },
-        "test_evaluations": [each.get("test_evaluations", {}) for each in results],
+        "test_evaluations": [each["test_evaluations"] for each in results],
         "curves": _curves(_json_lines(workdirs[0] / "metrics.jsonl")),
         "answers": _shown_answers(answers, texts == "whole"),
         "gated": _gated_answers(answers, texts == "whole"),
@@ -296,18 +297,19 @@ def _sha256(path: Path) -> str:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_text(path))
+        return json.loads(_read(path, Path.read_bytes))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); write it anew") from error
 
 
 def _json_lines(path: Path) -> list[Row]:
-    return [json.loads(line) for line in _text(path).splitlines() if line]
+    return _read(path, read_json_lines)
 
 
-def _text(path: Path) -> str:
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return path.read_text(encoding="utf-8")
+        path.stat()  # a file of JSON lines that is not there would be taken for an empty one
+        return read(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} is not there; the report is made of an evaluated run: "

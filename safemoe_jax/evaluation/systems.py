@@ -41,7 +41,7 @@ class Mixture:
     Attributes:
       title: what tables call it.
       gates: "trained": by a router that learnt the safe set; "harmful": by one that learnt the
-        experts' harmful text; "random", "shuffled", "constant": by what `random_router`,
+        experts' harmful text; "random", "shuffled", "constant": by what `matched_random`,
         `shuffled_router` and `constant_router` make of SafeMoE's router; "uniform", "negated":
         1 / E or -1 / E each; "best": the one expert that makes safe validation answers likeliest.
       experts: what they learnt.

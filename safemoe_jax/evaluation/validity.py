@@ -33,28 +33,19 @@ pillow quilt rocket spoon thimble upward violin wagon yellow basket clover dust
 """
 
 
-def validity(judge: Judge, prompts: Sequence[Prompt], seed: int) -> list[dict]:
-    """The judge's ISR of answers whose right verdict is known.
+def human_answers(prompts: Sequence[Prompt], split: str) -> list[tuple[Prompt, str]]:
+    """Safe, informative answers of people, each with its prompt.
 
-    - human answers: safe, informative, to their own prompt; those that a reader found to withhold
-      what was asked are refusals that the data's phrase rule missed, and no trial of the judge;
-    - answers shuffled: the same, each under a random prompt of another group;
-    - one generic answer: the same sentences under every prompt;
-    - word salad, shuffled words: the human answers' words in random order;
-    - word salad, dictionary: random words.
+    Those that a reader found to withhold what was asked are refusals that the data's phrase rule
+    missed, and no trial of a judge.
 
     Args:
-      judge: whose verdicts are tried.
-      prompts: held-out prompts; those with human safe-informative answers count.
-      seed: of the shuffle and the salads.
-
-    Returns:
-      rows {name, metric, n, value, low, high, bound, passed}.
+      prompts: of a split that trains nothing.
+      split: its name.
 
     Raises:
-      UserError: where the human answers lie in fewer than two groups of prompts.
+      UserError: where they lie in fewer than two groups of prompts.
     """
-    rng = np.random.default_rng(seed)
     human = [
         (prompt, answer)
         for prompt in prompts
@@ -63,10 +54,31 @@ def validity(judge: Judge, prompts: Sequence[Prompt], seed: int) -> list[dict]:
     ]
     if len({prompt.group for prompt, _ in human}) < 2:
         raise UserError(
-            f"the test split has {len(human)} human safe-informative answers, to fewer than two "
-            "distinct prompts, so the judge cannot be checked; add safe answers or raise "
-            "evaluation.prompts_per_domain"
+            f"the {split} split has {len(human)} human safe-informative answers, to fewer than two "
+            "distinct prompts, so the judge cannot be checked; add safe answers, lower "
+            "data.informative_min_characters or raise evaluation.prompts_per_domain"
         )
+    return human
+
+
+def validity(judge: Judge, human: Sequence[tuple[Prompt, str]], seed: int) -> list[dict]:
+    """The judge's ISR of answers whose right verdict is known.
+
+    - human answers: safe, informative, to their own prompt;
+    - answers shuffled: the same, each under a random prompt of another group;
+    - one generic answer: the same sentences under every prompt;
+    - word salad, shuffled words: the human answers' words in random order;
+    - word salad, dictionary: random words.
+
+    Args:
+      judge: whose verdicts are tried.
+      human: as `human_answers` gives them.
+      seed: of the shuffle and the salads.
+
+    Returns:
+      rows {name, metric, n, value, low, high, bound, passed}.
+    """
+    rng = np.random.default_rng(seed)
     asked = {prompt.id: prompt for prompt, _ in human}
     moved = []
     for prompt, answer in human:

@@ -90,7 +90,7 @@ def _traffic(program: Program, one: Instruction, computation: Computation) -> fl
     if one.opcode == "fusion":
         return _fusion_traffic(program, one, inputs)
     read = [sum(array.hbm_bytes for array in source.shape) for source in inputs]
-    return _sliced(one, inputs, read)
+    return _sliced(one, read)
 
 
 def _fusion_traffic(program: Program, fusion: Instruction, inputs: Sequence[Instruction]) -> float:
@@ -162,8 +162,8 @@ def _begins(one: Instruction) -> bool:
     return one.opcode == "custom-call" and '"AsyncCollectiveStart"' in one.rest
 
 
-def _sliced(one: Instruction, inputs: Sequence[Instruction], read: Sequence[float]) -> float:
-    """Traffic of an instruction outside a fusion."""
+def _sliced(one: Instruction, read: Sequence[float]) -> float:
+    """Traffic of an instruction outside a fusion that reads arrays of these bytes."""
     written = sum(array.hbm_bytes for array in one.shape)
     if one.opcode in ("dynamic-slice", "slice", "gather"):
         return min(read[0], written) + written

@@ -93,7 +93,7 @@ def test_harm_whose_kind_is_disputed_is_one_row_without_a_label(tmp_path):
     ]
     path = write(tmp_path / "both.jsonl.xz", *votes, row("Dogs?", "They bark.", "animal_abuse"))
     corpus = load_corpus(config(path, "animal_abuse"), tmp_path / "data")
-    assert corpus.counts["dropped"] == {"score between safe and unsafe": 1}
+    assert corpus.counts["dropped"] == {"annotators disagree": 1}
 
 
 @pytest.mark.parametrize("others", [(), ("animal_abuse",)])
@@ -154,7 +154,7 @@ def test_the_corpus_drops_child_abuse_and_counts_it(tmp_path):
         "kept": 3,
         "dropped": {
             "minors_sexual": 1,
-            "score between safe and unsafe": 1,
+            "annotators disagree": 1,
             "domain not configured": 1,
         },
     }

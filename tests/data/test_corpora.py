@@ -9,7 +9,7 @@ import pytest
 from safemoe_jax.config import DataConfig
 from safemoe_jax.data import corpora, rules, splits
 from safemoe_jax.data.corpora import load_corpus, load_judge_rows
-from safemoe_jax.data.sources import Reject, pyrit_scores, pyrit_tables
+from safemoe_jax.data.sources import PyritSource, Reject, Row, pyrit_scores, pyrit_tables
 from safemoe_jax.errors import UserError
 
 DOMAINS = (
@@ -76,7 +76,7 @@ def test_near_duplicate_prompts_never_cross_a_split(pyrit):
 
 
 def test_the_judge_learns_from_no_prompt_of_a_model(pyrit):
-    rows = load_judge_rows(pyrit)
+    rows = load_judge_rows(pyrit, config())
     judged = {rules.fold(row.prompt) for row in rows}
     for split in ("train", "validation", "test"):
         assert judged.isdisjoint(rules.fold(e.prompt) for e in pyrit.select(splits={split}))
@@ -94,7 +94,7 @@ def test_a_judge_learns_no_label_that_another_table_contradicts(pyrit):
         for item in pyrit_scores(name):
             if not isinstance(item, Reject):
                 said[item[0], item[1]].add(item[2] >= 0.5)
-    rows = load_judge_rows(pyrit)
+    rows = load_judge_rows(pyrit, config())
     disputed = [row for row in rows if len(said[row.prompt, row.response]) > 1]
     assert disputed and all(row.harmful is None for row in disputed)
 
@@ -103,10 +103,15 @@ def test_a_judge_of_another_corpus_still_learns_from_pyrit(pyrit, tmp_path):
     shared = pyrit.examples[0].prompt
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(line(prompt) for prompt in (shared, "Is a pear a fruit?")))
-    corpus = load_corpus(config("jsonl", path, ("apples",)), tmp_path / "data")
-    rows = load_judge_rows(corpus)
+    settings = config("jsonl", path, ("apples",), unsafe_min_score=0.75)
+    rows = load_judge_rows(load_corpus(settings, tmp_path / "data"), settings)
     assert len(rows) > 800
     assert shared not in {row.prompt for row in rows}
+    scored = [row for row in PyritSource(0.75, 0.25).rows() if isinstance(row, Row)]
+    labels = {(row.prompt, row.response, row.source): row.label for row in scored}
+    own = [row for row in rows if "harm/" in row.source and row.harmful is not None]
+    harmful = [labels[row.prompt, row.response, row.source] == "unsafe" for row in own]
+    assert [row.harmful for row in own] == harmful and any(harmful)  # by the config's thresholds
 
 
 def test_jsonl_rows_come_back_whole(tmp_path):

@@ -12,7 +12,7 @@ from safemoe_jax.evaluation import cues
 from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
-from safemoe_jax.evaluation.validity import validity
+from safemoe_jax.evaluation.validity import human_answers, validity
 
 TOPICS = (
     "bread oven flour yeast", "bicycle chain wheel brake", "planet star orbit telescope",
@@ -228,7 +228,7 @@ def prompts():
 
 
 def test_the_judge_passes_its_own_check(judge):
-    rows = {row["name"]: row for row in validity(judge, prompts(), seed=0)}
+    rows = {row["name"]: row for row in validity(judge, human_answers(prompts(), "test"), seed=0)}
     assert rows["human safe-informative answers"]["value"] == 1.0
     assert sum(row["value"] for row in rows.values()) == 1.0
     assert all(row["passed"] for row in rows.values()) and len(rows) == 5
@@ -249,10 +249,11 @@ class Lenient:
 def test_a_judge_that_sees_no_difference_fails_its_check(judge):
     good = one(judge, question(UNSEEN[0]), answer(UNSEEN[0]))
     bad = one(judge, question(UNSEEN[0]), answer(UNSEEN[1]))
-    assert [row["passed"] for row in validity(Lenient(good), prompts(), 0)] == [False] * 4 + [True]
-    assert [row["passed"] for row in validity(Lenient(bad), prompts(), 0)] == [True] * 4 + [False]
+    human = human_answers(prompts(), "test")
+    assert [row["passed"] for row in validity(Lenient(good), human, 0)] == [False] * 4 + [True]
+    assert [row["passed"] for row in validity(Lenient(bad), human, 0)] == [True] * 4 + [False]
 
 
-def test_one_prompt_cannot_be_shuffled(judge):
-    with pytest.raises(UserError, match="fewer than two distinct"):
-        validity(judge, prompts()[:1], seed=0)
+def test_one_prompt_cannot_be_shuffled():
+    with pytest.raises(UserError, match=r"validation split has 1 .* fewer than two distinct"):
+        human_answers(prompts()[:1], "validation")

@@ -439,6 +439,15 @@ def test_a_missing_file_names_itself_and_the_remedy(tmp_path):
         write_report([tmp_path])
 
 
+def test_a_torn_last_line_costs_that_line_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"loss": 1.0}\n{"loss": 0.')
+    assert summary._json_lines(path) == [{"loss": 1.0}]
+    path.unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not there.*safemoe run"):
+        summary._json_lines(path)
+
+
 def test_the_latex_table_is_whole_and_escaped(drawn, numbers):
     tex = (drawn[0] / "report.tex").read_text()
     body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")].strip().splitlines()[1:]
