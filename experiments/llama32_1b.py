@@ -21,14 +21,14 @@ from ml_collections import ConfigDict
 from experiments import pyrit
 
 DOMAINS = (
-    "discrimination,stereotype,injustice",
-    "drug_abuse,weapons,banned_substance",
-    "financial_crime,property_crime,theft",
-    "hate_speech,offensive_language",
-    "misinformation_regarding_ethics,laws_and_safety",
+    "discrimination_stereotype_injustice",
+    "drug_abuse_weapons_banned_substance",
+    "financial_crime_property_crime_theft",
+    "hate_speech_offensive_language",
+    "misinformation_regarding_ethics_laws_and_safety",
     "privacy_violation",
     "self_harm",
-    "violence,aiding_and_abetting,incitement",
+    "violence_aiding_and_abetting_incitement",
 )
 
 
