@@ -312,9 +312,8 @@ def test_a_gate_is_trained_on_imported_experts(safemoe, mistake, home, adapters,
         "sha256": file_digest(adapters / "cats" / "adapter_model.safetensors"),
         "base_model_name_or_path": str(home / "base"),
         "license": "mit",
-        "license_known": True,
     }
-    assert manifest["adapters"]["dogs"]["license_known"] is False
+    assert manifest["adapters"]["dogs"]["license"] == "unknown"
 
     code, said, err = safemoe(*train_gate(home, tmp_path))
     assert (code, err) == (0, "")
