@@ -36,6 +36,7 @@ from safemoe_jax.evaluation.systems import (
     without_expert,
 )
 from safemoe_jax.experiment import Experiment, init_shapes
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.inference import divergence
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.inference.scoring import Scorer
@@ -57,7 +58,6 @@ from safemoe_jax.weights.artefact import (
     MANIFEST,
     Kind,
     checked_files,
-    file_digest,
     new_artefact,
     read_manifest,
 )

@@ -56,13 +56,13 @@ from safemoe_jax.evaluation.systems import (
 from safemoe_jax.evaluation.terminal import terminal_table
 from safemoe_jax.evaluation.validity import validity
 from safemoe_jax.experiment import Experiment
-from safemoe_jax.fetch import cache_dir
+from safemoe_jax.fetch import cache_dir, file_digest
 from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.hosts import is_first
 from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
 from safemoe_jax.stages import own_bundle, safe_text, train_router
-from safemoe_jax.weights.artefact import MANIFEST, file_digest
+from safemoe_jax.weights.artefact import MANIFEST
 from safemoe_jax.weights.base import fetch_base
 from safemoe_jax.weights.bundle import Bundle, write_card
 from safemoe_jax.workdir import own_commit, write_json

@@ -15,9 +15,9 @@ from toys import toy_variables
 from safemoe_jax import cli, run
 from safemoe_jax.config import freeze, read_config
 from safemoe_jax.experiment import Experiment
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.model.lora import Gates, Routed
 from safemoe_jax.model.transformer import Transformer, logits
-from safemoe_jax.weights.artefact import file_digest
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import read_bundle, write_bundle
 from safemoe_jax.weights.peft import read_adapter, stack

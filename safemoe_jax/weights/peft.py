@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from safemoe_jax.config import ExpertsConfig, Target
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.model.spec import ModelSpec
-from safemoe_jax.weights.artefact import file_digest
 from safemoe_jax.weights.huggingface import names, read_license
 from safemoe_jax.weights.layout import leaf_shapes
 
