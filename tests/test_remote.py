@@ -20,7 +20,7 @@ from toys import leaves_equal
 from experiments import pyrit
 from safemoe_jax.config import freeze
 from safemoe_jax.errors import Unreachable, UserError, refused_by_the_machine
-from safemoe_jax.remote import Mirror, local_copy
+from safemoe_jax.remote import Mirror, is_loopback, local_copy
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.state import Best, TrainState
 from safemoe_jax.workdir import Workdir
@@ -59,6 +59,18 @@ def test_a_mirror_carries_files_both_ways_and_forgets_what_is_gone(tmp_path):
     second.pull()
     assert read(there) == read(remote)
     assert str(first.path("experts", "checkpoints")) == f"{remote}/experts/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        *(("localhost", True), ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True)),
+        *(("0.0.0.0", False), ("10.0.0.1", False), ("::", False), ("", False)),
+        *(("localhost.example.org", False), ("127.0.0.1.example.org", False)),
+    ],
+)
+def test_only_a_loopback_address_is_this_machine_alone(host, here):
+    assert is_loopback(host) is here
 
 
 def test_data_behind_a_url_is_copied_once_and_again_when_it_changes(tmp_path):
