@@ -134,8 +134,7 @@ def test_both_stages_are_in_tensorboard_with_a_trace(home):
 
 
 def test_the_bundle_is_the_runs(home):
-    identity = load_base(str(home / "base"), "float32").identity
-    bundle = read_bundle(home / "run" / "bundle", identity)
+    bundle = read_bundle(home / "run" / "bundle", load_base(str(home / "base"), "float32"))
     assert bundle.config.data.domains == tiny.DOMAINS
     for name in ("q", "down"):
         group = "attention" if name == "q" else "mlp"
@@ -268,6 +267,21 @@ def test_other_data_than_the_bundles_is_refused(home, capsys):
         (home / "kept.jsonl").replace(home / "corpus.jsonl")
     err = capsys.readouterr().err
     assert f"{home / 'run' / 'bundle'} was trained on corpus " in err
+    assert err.count("\n") == 1
+
+
+def test_another_config_beside_the_bases_weights_is_refused(home, capsys):
+    path = home / "base" / "config.json"
+    kept = path.read_text()
+    values = json.loads(kept)
+    values["rope_parameters"]["rope_theta"] = 7.0
+    try:
+        path.write_text(json.dumps(values))
+        assert safemoe(home, "evaluate") == 2
+    finally:
+        path.write_text(kept)
+    err = capsys.readouterr().err
+    assert f"was changed since bundle {home / 'run' / 'bundle'} was made: it has rope_theta" in err
     assert err.count("\n") == 1
 
 
