@@ -418,9 +418,9 @@ def _cached(scorer: PairScorer, experiment: Experiment) -> CachedScorer:
     alike, and their files may differ.
     """
     model = experiment.config.model
-    weights = f"{experiment.identity['base']}-{model.param_dtype}-{model.compute_dtype}"
-    path = cache_dir() / f"likelihoods-{weights}.npz" if jax.process_count() == 1 else None
-    return CachedScorer(scorer, path, weights)
+    who = f"{experiment.base.fingerprint}-{model.param_dtype}-{model.compute_dtype}"
+    path = cache_dir() / f"likelihoods-{who}.npz" if jax.process_count() == 1 else None
+    return CachedScorer(scorer, path, who)
 
 
 def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:
