@@ -161,7 +161,9 @@ def _reached(url: str, doing: str, kind: type[UserError] = UserError) -> Iterato
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    """Itself or all in it, but for links, as W&B has to its newest run."""
+    found = [path] if path.is_file() else path.rglob("*")
+    return [file for file in found if file.is_file() and not file.is_symlink()]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -392,7 +392,8 @@ def _count(experiment: Experiment, key: str, sets: Sequence[Named]) -> dict[str,
 def report(experiment: Experiment, texts: Texts = "cut") -> None:
     """Writes the report of what has been evaluated."""
     if is_first():
-        console.print(f"report: {write_report([experiment.workdir.root], texts=texts)}")
+        workdir = experiment.workdir
+        console.print(f"report: {write_report([workdir.root], texts=texts, place=workdir.url)}")
 
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:
