@@ -36,6 +36,7 @@ from safemoe_jax.evaluation.systems import (
     without_expert,
 )
 from safemoe_jax.experiment import Experiment, init_shapes
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.inference import divergence
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.inference.scoring import Scorer
@@ -57,7 +58,6 @@ from safemoe_jax.weights.artefact import (
     MANIFEST,
     Kind,
     checked_files,
-    file_digest,
     new_artefact,
     read_manifest,
 )
@@ -326,7 +326,7 @@ def _once(
     Checkpoints go once the weights are there. What is of another base, corpus or bundle is refused.
     """
     path = experiment.workdir.controls / name
-    identity = {**experiment.identity, **made_of}
+    identity = {**experiment.trained_on, **made_of}
     if not path.exists():
         weights = to_host(train())
         if is_first():
@@ -342,10 +342,12 @@ def _once(
         if checkpoints.parent.exists() and not any(checkpoints.parent.iterdir()):
             checkpoints.parent.rmdir()
     manifest = read_manifest(path, CONTROL)
-    if (found := manifest["identity"]) != identity:
-        raise UserError(
-            f"{path} is of {found}, and this run of {identity}; delete that directory, and it is "
-            "trained again"
-        )
+    found = manifest["identity"]
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path} is of {key} {found.get(key)!r}, and this run of {value!r}; delete that "
+                "directory, and it is trained again"
+            )
     leaves = safetensors.numpy.load(checked_files(path, CONTROL, manifest, [_FILE])[_FILE])
     return unflatten_dict(leaves, sep="/")

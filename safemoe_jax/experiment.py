@@ -105,8 +105,16 @@ class Experiment:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What checkpoints and bundle of this experiment belong to."""
+        """What this experiment's results and bundle belong to."""
         return {"base": self.base.identity.sha256, "corpus": self.corpus.fingerprint}
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """What its checkpoints and controls belong to.
+
+        A base's config.json may change though its weights do not; a bundle holds the spec whole.
+        """
+        return {**self.identity, "spec": repr(self.base.spec)}
 
     def initial_state(
         self, model: Transformer, collection: str, tx: optax.GradientTransformation

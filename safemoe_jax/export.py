@@ -19,6 +19,7 @@ from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.data.sources import read_prompts
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import boxed_shapes
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.generate import Loaded, checked_base, on_devices
 from safemoe_jax.inference.divergence import Answer, Mixture, answers, kl_per_token, mean_gates
 from safemoe_jax.inference.sampler import Sampler
@@ -26,7 +27,7 @@ from safemoe_jax.model.lora import Routed
 from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console
 from safemoe_jax.weights import huggingface
-from safemoe_jax.weights.artefact import MANIFEST, Kind, file_digest, new_artefact, render
+from safemoe_jax.weights.artefact import MANIFEST, Kind, new_artefact, render
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import Bundle, non_commercial, read_bundle
 from safemoe_jax.weights.imported import write_imported

@@ -47,8 +47,14 @@ def cache_dir() -> Path:
     return directory
 
 
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, hex; remembered, so that GBs are read once.
+    """The same, remembered, so that GBs are read once.
 
     That is by path, inode, size, mtime and ctime: whoever changes a file can date it back, but not
     its ctime.
@@ -60,8 +66,7 @@ def file_sha256(path: Path) -> str:
     record = cache_dir() / "sha256" / key
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         return json.loads(record.read_text())["sha256"]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(path)
     record.parent.mkdir(exist_ok=True)
     with replacing(record) as file:
         json.dump({"path": str(path), "sha256": digest}, file)

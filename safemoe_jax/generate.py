@@ -24,7 +24,7 @@ from safemoe_jax.parallel.mesh import make_mesh
 from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console, printable
 from safemoe_jax.weights.base import BaseModel, load_base
-from safemoe_jax.weights.bundle import Bundle, read_bundle
+from safemoe_jax.weights.bundle import Bundle, check_base, read_bundle
 from safemoe_jax.weights.huggingface import read_tokenizer
 
 _BATCH_SIZE = 16
@@ -124,12 +124,7 @@ def checked_base(directory: Path, bundle: Bundle) -> BaseModel:
       UserError: where the base that is there is not the bundle's.
     """
     base = load_base(bundle.base.source, bundle.config.model.param_dtype)
-    bundle = read_bundle(directory, base.identity)
-    if base.spec != bundle.spec:
-        raise UserError(
-            f"the config of base {bundle.base.source} was changed since bundle {directory} was "
-            "made; bring back the one that it was trained on"
-        )
+    check_base(directory, bundle, base)
     return dataclasses.replace(base, tokenizer=read_tokenizer(directory))
 
 

@@ -178,15 +178,8 @@ class LocalJudge(AskedJudge):
 
     @property
     def _who(self) -> tuple[str, ...]:
-        base, model = self._base, self._config.model
-        # Weights' sha256 says nothing of the config and the template that lie beside them.
-        return (
-            base.identity.sha256,
-            repr(base.spec),
-            str(base.tokenizer.chat_template),
-            model.param_dtype,
-            model.compute_dtype,
-        )
+        model = self._config.model
+        return self._base.fingerprint, model.param_dtype, model.compute_dtype
 
     @property
     def _place(self) -> str:

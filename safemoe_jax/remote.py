@@ -1,7 +1,11 @@
-"""What lies behind a URL such as gs://bucket/path, through fsspec; gs:// needs gcsfs installed."""
+"""What lies behind a URL such as gs://bucket/path, through fsspec; gs:// needs gcsfs installed.
+
+And what is not remote at all: whether a place, or a host, is on this machine.
+"""
 
 import contextlib
 import hashlib
+import ipaddress
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +20,14 @@ from safemoe_jax.fetch import cache_dir, file_sha256
 
 def is_remote(place: str) -> bool:
     return "://" in place
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, an address or a name, is this machine and no other."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may mean any address
 
 
 def local_copy(place: str) -> Path:
@@ -149,7 +161,9 @@ def _reached(url: str, doing: str, kind: type[UserError] = UserError) -> Iterato
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    """Itself or all in it, but for links, as W&B has to its newest run."""
+    found = [path] if path.is_file() else path.rglob("*")
+    return [file for file in found if file.is_file() and not file.is_symlink()]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

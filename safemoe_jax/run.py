@@ -56,13 +56,13 @@ from safemoe_jax.evaluation.systems import (
 from safemoe_jax.evaluation.terminal import terminal_table
 from safemoe_jax.evaluation.validity import human_answers, validity
 from safemoe_jax.experiment import Experiment
-from safemoe_jax.fetch import cache_dir
+from safemoe_jax.fetch import cache_dir, file_digest
 from safemoe_jax.local_judge import LocalJudge
 from safemoe_jax.parallel.hosts import is_first
 from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
 from safemoe_jax.stages import OWN, own_bundle, safe_text, train_router
-from safemoe_jax.weights.artefact import MANIFEST, file_digest
+from safemoe_jax.weights.artefact import MANIFEST
 from safemoe_jax.weights.base import fetch_base
 from safemoe_jax.weights.bundle import Bundle, write_card
 from safemoe_jax.workdir import own_commit, write_json
@@ -400,7 +400,8 @@ def _count(experiment: Experiment, key: str, sets: Sequence[Named]) -> dict[str,
 def report(experiment: Experiment, texts: Texts = "cut") -> None:
     """Writes the report of what has been evaluated."""
     if is_first():
-        console.print(f"report: {write_report([experiment.workdir.root], texts=texts)}")
+        workdir = experiment.workdir
+        console.print(f"report: {write_report([workdir.root], texts=texts, place=workdir.url)}")
 
 
 def run(experiment: Experiment, keep_experts: bool = False) -> None:
@@ -426,9 +427,9 @@ def _cached(scorer: PairScorer, experiment: Experiment) -> CachedScorer:
     alike, and their files may differ.
     """
     model = experiment.config.model
-    weights = f"{experiment.identity['base']}-{model.param_dtype}-{model.compute_dtype}"
-    path = cache_dir() / f"likelihoods-{weights}.npz" if jax.process_count() == 1 else None
-    return CachedScorer(scorer, path, weights)
+    who = f"{experiment.base.fingerprint}-{model.param_dtype}-{model.compute_dtype}"
+    path = cache_dir() / f"likelihoods-{who}.npz" if jax.process_count() == 1 else None
+    return CachedScorer(scorer, path, who)
 
 
 def _evaluation_key(experiment: Experiment, sets: Sequence[Named]) -> str:

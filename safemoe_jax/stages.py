@@ -85,8 +85,8 @@ def train_router(experiment: Experiment) -> None:
 
 
 def own_bundle(experiment: Experiment) -> Bundle:
-    """The finished bundle, checked; one of another corpus is refused."""
-    bundle = read_bundle(experiment.workdir.bundle, experiment.base.identity)
+    """The finished bundle, checked; one of another base or corpus is refused."""
+    bundle = read_bundle(experiment.workdir.bundle, experiment.base)
     made_of = bundle.manifest["provenance"]["corpus"]
     if made_of != experiment.corpus.fingerprint:
         raise UserError(
@@ -257,11 +257,10 @@ def _train(
     observer: Observer,
     made_of: Mapping[str, str],
 ) -> Best:
-    spec = repr(experiment.base.spec)  # its config.json may change though its weights do not
     checkpoints = Checkpoints(
         experiment.workdir.checkpoints(place(stage.name)),
         keep=schedule.keep,
-        identity={**experiment.identity, **made_of, "spec": spec},
+        identity={**experiment.trained_on, **made_of},
     )
     try:
         return train(

@@ -32,7 +32,7 @@ from safemoe_jax.remote import Mirror, is_remote
 _FREE = ("evaluation", "mesh")
 # Of a remote directory: what hosts have a copy of. Data is built anew, checkpoints are not copied.
 _MIRRORED = (
-    *("config.json", "run.json", "metrics.jsonl", "tensorboard", "bundle", "controls"),
+    *("config.json", "run.json", "metrics.jsonl", "tensorboard", "wandb", "bundle", "controls"),
     *("evaluation", "report.json", "report.html", "report.md", "report.tex"),
 )
 
@@ -135,6 +135,11 @@ class Workdir:
     def tensorboard(self) -> Path:
         """Event files and traces of the profiler, by stage."""
         return self.root / "tensorboard"
+
+    @property
+    def url(self) -> str:
+        """Of a remote directory; "" where it is a local one."""
+        return self._place if self._mirror else ""
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ from safemoe_jax.inference.sampler import Generation
 from safemoe_jax.inference.scoring import Scorer
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.training.state import init_expert_state, init_router_state
-from safemoe_jax.weights.artefact import new_artefact
+from safemoe_jax.weights.artefact import new_artefact, read_manifest
 from safemoe_jax.workdir import Workdir
 
 OPTIONS = ["--config.evaluation.left_out=('cats',)", "--config.evaluation.utility=True"]
@@ -329,10 +329,12 @@ def test_what_weights_are_of_is_checked(home, experiment):
     path = home / "run" / "controls" / "safe_lora"
     kept = shutil.copytree(path, home / "kept")
     try:
-        with new_artefact(path, controls.CONTROL, {"identity": {"base": "x"}}):
-            pass
-        with pytest.raises(UserError, match=r"safe_lora is of .*delete that directory"):
-            Controls(experiment).system("safe_lora")
+        identity = read_manifest(kept, controls.CONTROL)["identity"]
+        for key, other in (("base", "x"), ("spec", "of another config.json")):
+            with new_artefact(path, controls.CONTROL, {"identity": {**identity, key: other}}):
+                pass
+            with pytest.raises(UserError, match=rf"safe_lora is of {key} .*delete that directory"):
+                Controls(experiment).system("safe_lora")
     finally:
         shutil.rmtree(path)
         kept.rename(path)

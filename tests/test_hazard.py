@@ -27,10 +27,11 @@ from safemoe_jax.config import freeze, read_config
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.systems import SYSTEMS, is_ungated
 from safemoe_jax.export import export_merged, export_peft, export_transformers
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.serving.protocol import ChatBody, CompletionBody
 from safemoe_jax.weights import encryption
-from safemoe_jax.weights.artefact import file_digest, manifest_digest
+from safemoe_jax.weights.artefact import manifest_digest
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import model_card, read_bundle, write_bundle
 

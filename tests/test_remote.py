@@ -18,9 +18,11 @@ from fsspec.implementations.local import LocalFileSystem
 from toys import leaves_equal
 
 from experiments import pyrit
+from safemoe_jax import run
 from safemoe_jax.config import freeze
 from safemoe_jax.errors import Unreachable, UserError, refused_by_the_machine
-from safemoe_jax.remote import Mirror, local_copy
+from safemoe_jax.experiment import Experiment
+from safemoe_jax.remote import Mirror, is_loopback, local_copy
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.state import Best, TrainState
 from safemoe_jax.workdir import Workdir
@@ -59,6 +61,18 @@ def test_a_mirror_carries_files_both_ways_and_forgets_what_is_gone(tmp_path):
     second.pull()
     assert read(there) == read(remote)
     assert str(first.path("experts", "checkpoints")) == f"{remote}/experts/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        *(("localhost", True), ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True)),
+        *(("0.0.0.0", False), ("10.0.0.1", False), ("::", False), ("", False)),
+        *(("localhost.example.org", False), ("127.0.0.1.example.org", False)),
+    ],
+)
+def test_only_a_loopback_address_is_this_machine_alone(host, here):
+    assert is_loopback(host) is here
 
 
 def test_data_behind_a_url_is_copied_once_and_again_when_it_changes(tmp_path):
@@ -196,6 +210,24 @@ def test_a_local_work_directory_has_nothing_to_send(tmp_path):
         "lock",
         "run.json",
     }
+
+
+def test_what_wandb_keeps_is_carried_but_for_its_links(tmp_path):
+    config = freeze(pyrit.get_config())
+    with Workdir(f"file://{tmp_path}/runs/one", config) as workdir:
+        write(workdir.root, {"wandb/offline-run-1/run-1.wandb": "1"})
+        (workdir.root / "wandb" / "latest-run").symlink_to("offline-run-1")
+        (workdir.root / "wandb" / "debug.log").symlink_to("offline-run-1/run-1.wandb")
+    assert read(tmp_path / "runs" / "one" / "wandb") == {"offline-run-1/run-1.wandb": "1"}
+
+
+def test_the_report_of_a_remote_run_is_named_by_its_url(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "write_report", lambda *_, place, **__: asked.append(place))
+    url, config = f"file://{tmp_path}/runs/one", freeze(pyrit.get_config())
+    for place in (url, str(tmp_path / "local")):
+        run.report(Experiment(config, Workdir(place, config)))
+    assert asked == [url, ""]
 
 
 def test_a_remote_work_directory_is_the_same_on_another_machine(tmp_path, monkeypatch):

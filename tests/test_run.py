@@ -13,6 +13,7 @@ from guards import write_guard
 from judge_server import completion, serve
 
 from safemoe_jax import cli, run, stages
+from safemoe_jax.config import freeze, read_config
 from safemoe_jax.data import splits
 from safemoe_jax.evaluation.card import measured
 from safemoe_jax.evaluation.verdicts import Verdict
@@ -134,8 +135,7 @@ def test_both_stages_are_in_tensorboard_with_a_trace(home):
 
 
 def test_the_bundle_is_the_runs(home):
-    identity = load_base(str(home / "base"), "float32").identity
-    bundle = read_bundle(home / "run" / "bundle", identity)
+    bundle = read_bundle(home / "run" / "bundle", load_base(str(home / "base"), "float32"))
     assert bundle.config.data.domains == tiny.DOMAINS
     for name in ("q", "down"):
         group = "attention" if name == "q" else "mlp"
@@ -269,6 +269,39 @@ def test_other_data_than_the_bundles_is_refused(home, capsys):
     err = capsys.readouterr().err
     assert f"{home / 'run' / 'bundle'} was trained on corpus " in err
     assert err.count("\n") == 1
+
+
+def test_another_config_beside_the_bases_weights_is_refused(home, capsys):
+    path = home / "base" / "config.json"
+    kept = path.read_text()
+    values = json.loads(kept)
+    values["rope_parameters"]["rope_theta"] = 7.0
+    try:
+        path.write_text(json.dumps(values))
+        assert safemoe(home, "evaluate") == 2
+    finally:
+        path.write_text(kept)
+    err = capsys.readouterr().err
+    assert f"was changed since bundle {home / 'run' / 'bundle'} was made: it has rope_theta" in err
+    assert err.count("\n") == 1
+
+
+def test_likelihoods_are_kept_of_a_base_with_what_lies_beside_its_weights(tmp_path, monkeypatch):
+    """The cache is that of all work directories."""
+    monkeypatch.setenv("SAFEMOE_CACHE", str(tmp_path / "cache"))
+    tiny.write_base(tmp_path / "base")
+    tiny.write_experiment(tmp_path / "tiny.py", tmp_path / "base", tmp_path / "corpus.jsonl")
+    config, asked = freeze(read_config(tmp_path / "tiny.py", [])), []
+
+    def scorer(pairs):
+        asked.append(len(pairs))
+        return [np.zeros(3, np.float32)] * len(pairs)
+
+    template = tmp_path / "base" / "chat_template.jinja"
+    for text in (tiny.TEMPLATE, tiny.TEMPLATE, tiny.TEMPLATE.replace("kind", "brief")):
+        template.write_text(text)
+        run._cached(scorer, Experiment(config, None))([("Who hisses?", "Snakes.")])
+    assert asked == [1, 1]  # not the second time
 
 
 def test_further_judges_and_people_are_heard_without_answering_anew(home, monkeypatch, capsys):

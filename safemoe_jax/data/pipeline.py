@@ -33,9 +33,9 @@ from safemoe_jax.data.chat import ChatFormat, Encoded, Unencodable
 from safemoe_jax.data.corpora import Corpus, Example
 from safemoe_jax.data.packing import PackingPlan, plan
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.private_files import read_json_lines, replace_json_lines
 from safemoe_jax.progress import console, track
-from safemoe_jax.weights.artefact import file_digest
 
 Batch = dict[str, np.ndarray]
 

@@ -8,7 +8,6 @@ machine only.
 """
 
 import functools
-import ipaddress
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.asked import KEY_VARIABLE, Asked, AskedJudge, Row, Texts
 from safemoe_jax.evaluation.judge_templates import Reply
 from safemoe_jax.progress import console, track
+from safemoe_jax.remote import is_loopback
 
 _AT_ONCE = 8
 _TIMEOUT = (10, 300)  # seconds: to connect; without a byte of the reply
@@ -53,7 +53,7 @@ class EndpointJudge(AskedJudge):
         Raises:
           UserError: where nobody does, or the key is not taken.
         """
-        if not is_loopback(self.asked.place):
+        if not is_here(self.asked.place):
             scheme = urlsplit(self.asked.place).scheme
             console.print(
                 f"judge {self.name}: prompts and answers, harmful ones among them, go to "
@@ -142,13 +142,9 @@ class EndpointJudge(AskedJudge):
         return f"set ${KEY_VARIABLE} to a key that it takes"
 
 
-def is_loopback(url: str) -> bool:
+def is_here(url: str) -> bool:
     """Whether an endpoint is on this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(urlsplit(url).hostname or "")
 
 
 def _said(response: requests.Response) -> str:
@@ -163,7 +159,7 @@ def _said(response: requests.Response) -> str:
 
 
 def _may_have_key(url: str) -> bool:
-    return is_loopback(url) or url.startswith("https:")
+    return is_here(url) or url.startswith("https:")
 
 
 def _session(url: str) -> requests.Session:
@@ -178,7 +174,7 @@ def _session(url: str) -> requests.Session:
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     # What stays on this machine passes no proxy.
-    session.trust_env = not is_loopback(url)
+    session.trust_env = not is_here(url)
     key = os.environ.get(KEY_VARIABLE, "") if _may_have_key(url) else ""
     session.auth = functools.partial(_authorize, key)  # else ~/.netrc would speak up
     return session

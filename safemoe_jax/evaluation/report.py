@@ -44,7 +44,7 @@ _AGREEMENT = ("n", "kappa", "table", "missing", "Brier", "calibration")
 
 
 def write_report(
-    workdirs: Sequence[Path], out: Path | None = None, *, texts: Texts = "cut"
+    workdirs: Sequence[Path], out: Path | None = None, *, texts: Texts = "cut", place: str = ""
 ) -> Path:
     """Writes the report of evaluated runs of one experiment, a seed each.
 
@@ -53,6 +53,7 @@ def write_report(
       out: the directory to write to; default: the first work directory.
       texts: "whole" shows every text whole, those judged unsafe included, in report_full.html
         alone; "none" shows no prompt and no answer.
+      place: the URL that the one work directory is a copy of.
 
     Returns:
       the page; beside it are report.json, report.md and report.tex. Only their owner can read them.
@@ -62,7 +63,7 @@ def write_report(
         together.
     """
     out = out or workdirs[0]
-    summary = summarize(workdirs, texts=texts)
+    summary = summarize(workdirs, texts=texts, place=place)
     _make(out)
     if texts == "whole":
         return _write(out / "report_full.html", html(summary))

@@ -35,13 +35,14 @@ Row = dict[str, Any]
 Texts = Literal["none", "cut", "whole"]
 
 
-def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
+def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut", place: str = "") -> Row:
     """Puts the runs of one experiment, a seed each, together.
 
     Args:
       workdirs: each holds metrics.jsonl, run.json, config.json, evaluation/answers.jsonl and
         evaluation/results.json. Answers and curves are of the first; numbers are of all.
       texts: what of prompts and answers is in it.
+      place: the URL that the one work directory is a copy of, which names it.
 
     Raises:
       UserError: where a file is not there, two runs have the same seed, or they are not of one
@@ -50,6 +51,8 @@ def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
     results = [_json(workdir / "evaluation" / "results.json") for workdir in workdirs]
     configs = [_json(workdir / "config.json") for workdir in workdirs]
     _check_together(workdirs, configs)
+    assert not place or len(workdirs) == 1
+    homes = [Path(place or workdir).resolve() for workdir in workdirs]  # a URL ends in names, too
     first, config, seed = results[0], configs[0], configs[0]["seed"]
 
     measured = comparisons.tables(
@@ -73,7 +76,7 @@ def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
     answers = [] if texts == "none" else _json_lines(path)
     return {
         "schema": SCHEMA,
-        "name": _name(workdirs[0]),
+        "name": _name(homes[0]),
         "demonstration": any(each["demonstration"] for each in results),
         "full": texts == "whole",
         "split": first["provenance"]["split"],
@@ -115,14 +118,14 @@ def summarize(workdirs: Sequence[Path], *, texts: Texts = "cut") -> Row:
         "gated": _gated_answers(answers, texts == "whole"),
         "runs": [
             {
-                "workdir": workdir.name,
+                "workdir": home.name,
                 "seed": config["seed"],
                 "results_sha256": _sha256(workdir / "evaluation" / "results.json"),
                 "provenance": each["provenance"],
                 "run": _json(workdir / "run.json"),
                 "config": config,
             }
-            for workdir, config, each in zip(workdirs, configs, results, strict=True)
+            for workdir, home, config, each in zip(workdirs, homes, configs, results, strict=True)
         ],
     }
 
@@ -146,9 +149,8 @@ def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[:characters].rstrip() + "…"
 
 
-def _name(workdir: Path) -> str:
+def _name(home: Path) -> str:
     """A directory's name, with the one before where it is a seed's number."""
-    home = workdir.resolve()
     return f"{home.parent.name}/{home.name}" if home.name.isdigit() else home.name
 
 

@@ -30,6 +30,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.generate import on_devices
 from safemoe_jax.inference.engine import Engine, Request, bucket, tokens_at_once
 from safemoe_jax.model.lora import Routed
@@ -38,7 +39,7 @@ from safemoe_jax.parallel.hosts import set_up_jax, to_host
 from safemoe_jax.parallel.sharding import whole_rows
 from safemoe_jax.progress import track
 from safemoe_jax.serving.text import TextStream
-from safemoe_jax.weights.artefact import MANIFEST, file_digest
+from safemoe_jax.weights.artefact import MANIFEST
 from safemoe_jax.weights.bundle import read_bundle
 
 NAME = "safemoe"

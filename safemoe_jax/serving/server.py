@@ -7,7 +7,6 @@ No request and no option lets an expert speak without the router.
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import secrets
 import signal
@@ -27,6 +26,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from safemoe_jax.errors import UserError
 from safemoe_jax.generate import on_devices
 from safemoe_jax.progress import console
+from safemoe_jax.remote import is_loopback
 from safemoe_jax.serving.door import Door
 from safemoe_jax.serving.protocol import (
     Answers,
@@ -309,7 +309,7 @@ def _checked(limits: Limits, max_positions: int) -> Limits:
 def _key(host: str) -> str | None:
     """The API key, if one is set; it must be where others than this machine can connect."""
     key = os.environ.get(KEY_VARIABLE)
-    if key is None and not _is_loopback(host):
+    if key is None and not is_loopback(host):
         raise UserError(
             f"--host {host} lets others in; set {KEY_VARIABLE} to a key that clients must send, or "
             "serve on 127.0.0.1"
@@ -320,15 +320,6 @@ def _key(host: str) -> str | None:
             "ones or more, as `openssl rand -hex 16` makes them"
         )
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name may mean any address
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.weights import encryption
 
 MANIFEST = "manifest.json"
@@ -194,12 +195,6 @@ def checked_files(
         if name in needed:
             contents[name] = content
     return _decrypted(directory, kind, manifest, contents)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def render(template: str, **values: Any) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -72,6 +73,20 @@ class BaseModel:
     identity: BaseIdentity
     weights: Weights
     rests: ParamDtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides what it reads and says, but for how it rests and computes; hex.
+
+        The weights' sha256 says nothing of the config, the tokenizer and the chat template that lie
+        beside them.
+        """
+        tokenizer = self.tokenizer
+        beside = (repr(self.spec), tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
+        names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        return hashlib.sha256(
+            json.dumps([self.identity.sha256, beside, names], sort_keys=True).encode()
+        ).hexdigest()
 
     @cached_property
     def params(self) -> dict[str, Any]:

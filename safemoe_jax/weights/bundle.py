@@ -141,28 +141,23 @@ def write_card(directory: Path, measured: Mapping[str, Any]) -> None:
         file.write(card)
 
 
-def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
+def read_bundle(directory: Path, base: BaseModel | None) -> Bundle:
     """Reads a bundle after checking all of it.
 
     Args:
       directory: the bundle.
-      identity: the base it will run on; None where no base is at hand.
+      base: the one it will run on; None where none is at hand, and `check_base` follows.
 
     Raises:
       UserError: where a file is missing, changed, a link or not listed; on another schema version
-        or another base; on a leaf of another name, shape or dtype than the config gives.
+        or where `check_base` does; on a leaf of another name, shape or dtype than the config gives.
     """
     manifest = read_manifest(directory, BUNDLE)
     try:
-        spec, base = ModelSpec.from_dict(manifest["spec"]), BaseIdentity(**manifest["base"])
+        spec, identity = ModelSpec.from_dict(manifest["spec"]), BaseIdentity(**manifest["base"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{directory}/{MANIFEST} is damaged ({error}); make it again") from error
     config = freeze(manifest["config"])
-    if identity is not None and identity.sha256 != base.sha256:
-        raise UserError(
-            f"bundle {directory} belongs to base {base.source} (sha256 {base.sha256[:12]}), not to "
-            f"{identity.source} (sha256 {identity.sha256[:12]}); load the base that it names"
-        )
     needed = [f"{name}.safetensors" for name in COLLECTIONS]
     contents = checked_files(directory, BUNDLE, manifest, needed)
     try:
@@ -180,7 +175,37 @@ def read_bundle(directory: Path, identity: BaseIdentity | None) -> Bundle:
             raise UserError(f"{directory}/{name}.safetensors cannot be read: {error}") from error
         check_leaves(name, leaves, expected)
         trees[name] = unflatten_dict(leaves, sep="/")
-    return Bundle(manifest, config, spec, base, **trees)
+    bundle = Bundle(manifest, config, spec, identity, **trees)
+    if base is not None:
+        check_base(directory, bundle, base)
+    return bundle
+
+
+def check_base(directory: Path, bundle: Bundle, base: BaseModel) -> None:
+    """Refuses a base that is not the bundle's: its weights' sha256 says nothing of its config.
+
+    Args:
+      directory: where the bundle was read, for the message.
+      bundle: of which base it is.
+      base: the one that it would run on.
+
+    Raises:
+      UserError: on other weights, and on the same ones under a config that makes another shape.
+    """
+    wanted, found = bundle.base, base.identity
+    if found.sha256 != wanted.sha256:
+        raise UserError(
+            f"bundle {directory} belongs to base {wanted.source} (sha256 {wanted.sha256[:12]}), "
+            f"not to {found.source} (sha256 {found.sha256[:12]}); load the base that it names"
+        )
+    for field in dataclasses.fields(ModelSpec):
+        was, now = (getattr(spec, field.name) for spec in (bundle.spec, base.spec))
+        if now != was:
+            raise UserError(
+                f"the config of base {found.source} was changed since bundle {directory} was made: "
+                f"it has {field.name} {now!r}, the bundle {was!r}; bring back the one that it was "
+                "trained on"
+            )
 
 
 def expected_leaves(config: Config, spec: ModelSpec) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:

@@ -15,12 +15,12 @@ from flax.traverse_util import unflatten_dict
 
 from safemoe_jax.config import Config
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.weights.artefact import (
     MANIFEST,
     Kind,
     checked_files,
-    file_digest,
     new_artefact,
     read_manifest,
 )

@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 
 from safemoe_jax.config import ExpertsConfig, Target
 from safemoe_jax.errors import UserError
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.model.spec import ModelSpec
-from safemoe_jax.weights.artefact import file_digest
 from safemoe_jax.weights.huggingface import names, read_license
-from safemoe_jax.weights.layout import UNKNOWN_LICENSE, leaf_shapes
+from safemoe_jax.weights.layout import leaf_shapes
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -103,13 +103,11 @@ class Origin:
       base_model_name_or_path: of the model that it was trained on, as its config says; "" where it
         does not.
       license: as its model card states it, or "unknown".
-      license_known: whether the card states one.
     """
 
     sha256: str
     base_model_name_or_path: str
     license: str
-    license_known: bool
 
 
 class Update(NamedTuple):
@@ -294,14 +292,12 @@ def read_adapter(directory: Path, spec: ModelSpec) -> Adapter:
         own_RO = np.split(b_RO, np.cumsum(features)[:-1], axis=1)
         for target, part_RO in zip(targets, own_RO, strict=True):
             updates[target, layer] = Update(a_DR, part_RO, scale)
-    licence = read_license(directory)
     return Adapter(
         updates,
         Origin(
             sha256=file_digest(directory / WEIGHTS),
             base_model_name_or_path=base_name_of(directory),
-            license=licence,
-            license_known=licence != UNKNOWN_LICENSE,
+            license=read_license(directory),
         ),
     )
 

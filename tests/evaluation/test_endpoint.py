@@ -253,7 +253,7 @@ def test_a_mistake_in_the_config_is_named(texts, message):
 def test_without_a_url_it_is_this_machine():
     first, second = parse_judges(["wildguard#org/model", "shieldgemma@http://[::1]:9/v1/#m"])
     assert (first.place, first.model) == ("http://localhost:8000/v1", "org/model")
-    assert endpoint.is_loopback(first.place) and endpoint.is_loopback(second.place)
+    assert endpoint.is_here(first.place) and endpoint.is_here(second.place)
     assert second.place == "http://[::1]:9/v1"
 
 

@@ -173,6 +173,11 @@ def test_what_any_judge_finds_unsafe_is_cut(runs):
             assert len("".join(answer["tokens"])) <= 80
 
 
+def test_a_copy_of_a_remote_run_is_named_as_the_remote_one(runs):
+    found = summary.summarize(runs[:1], texts="none", place="gs://bucket/pyrit/7")
+    assert (found["name"], found["runs"][0]["workdir"]) == ("pyrit/7", "7")
+
+
 def test_an_answer_of_which_nobody_says_that_it_is_safe_is_cut(runs):
     path = runs[0] / "evaluation" / "answers.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -10,8 +10,8 @@ import tiny
 from attempts import Attempt, Ended, logged, on_writes, timed
 
 from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.training.metrics import MetricsWriter
-from safemoe_jax.weights.artefact import file_digest
 from safemoe_jax.weights.base import load_base
 
 # Two stages of six steps, a checkpoint at each.

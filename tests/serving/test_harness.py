@@ -14,10 +14,10 @@ from toys import toy_variables
 from safemoe_jax.config import freeze, read_config
 from safemoe_jax.errors import UserError
 from safemoe_jax.export import export_transformers
+from safemoe_jax.fetch import file_digest
 from safemoe_jax.inference.engine import decode_step, prefill
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
-from safemoe_jax.weights.artefact import file_digest
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import write_bundle
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -105,6 +106,22 @@ def test_a_run_of_another_identity_is_not_continued(open_checkpoints, state, key
     other = open_checkpoints(identity=IDENTITY | {key: "other"})
     with pytest.raises(UserError, match=f"holds a run with {key} '{IDENTITY[key]}', .*'other'"):
         other.restore(state)
+
+
+@pytest.mark.parametrize("key", ["corpus", "digest"])
+def test_a_checkpoint_that_does_not_say_whose_it_is_is_not_continued(
+    open_checkpoints, tmp_path, state, key
+):
+    checkpoints = open_checkpoints()
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    path = tmp_path / "checkpoints" / "1" / "identity" / "metadata"
+    said = json.loads(path.read_text())
+    del said[key]
+    path.write_text(json.dumps(said))
+    message = rf"checkpoints/1 is damaged \(it does not say its {key}\); delete it, and the same"
+    with pytest.raises(UserError, match=message):
+        open_checkpoints().restore(state)
 
 
 @pytest.mark.parametrize("damage", ["position", "cut"])

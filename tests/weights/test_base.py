@@ -5,6 +5,7 @@ from pathlib import Path
 
 import families
 import pytest
+import tiny
 from huggingface_hub.utils import filter_repo_objects
 
 from safemoe_jax.errors import Unreachable, UserError
@@ -30,6 +31,26 @@ def test_identity_of_shards_depends_on_each():
     expected = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     assert len(digests) == 2
     assert load_base(str(directory), "bfloat16").identity.sha256 == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda text: text.replace("10000.0", "7.0")),
+        ("tokenizer.json", lambda text: text.replace("<|pad|>", "<|void|>")),
+        ("tokenizer_config.json", lambda text: text.replace("<|im_end|>", "<|im_start|>")),
+        ("chat_template.jinja", lambda text: text.replace("Be kind", "Obey")),
+    ],
+)
+def test_what_lies_beside_the_weights_is_of_the_fingerprint(tmp_path, name, change):
+    tiny.write_base(tmp_path)
+    before, again = (load_base(str(tmp_path), "float32") for _ in range(2))
+    assert again.fingerprint == before.fingerprint
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(change(text))
+    changed = load_base(str(tmp_path), "float32")
+    assert changed.identity == before.identity
+    assert changed.fingerprint != before.fingerprint
 
 
 def test_local_paths_pass_through(small):

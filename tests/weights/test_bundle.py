@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_comes_back_as_it_was_written(tmp_path, base, router):
     write_bundle(
         tmp_path / "b", base=base, config=settings, provenance={"commit": "abc"}, **written
     )
-    found = read_bundle(tmp_path / "b", base.identity)
+    found = read_bundle(tmp_path / "b", base)
     assert found.config == settings
     assert found.spec == base.spec
     assert found.base == base.identity
@@ -245,7 +246,7 @@ def test_damage_is_refused(bundle, damage, message):
 
 def test_a_bundle_of_the_schema_before_is_read(base):
     """golden/bundle_v4 was written by commit 4105ae3, from `trees` of this file."""
-    found = read_bundle(GOLDEN / "bundle_v4", base.identity)
+    found = read_bundle(GOLDEN / "bundle_v4", base)
     settings = dataclasses.replace(config().model, source="gqa_tied")
     assert found.config == dataclasses.replace(config(), model=settings)
     assert (found.spec, found.manifest["schema_version"]) == (base.spec, 4)
@@ -261,10 +262,20 @@ def test_damage_to_a_bundle_of_the_schema_before_is_refused(tmp_path):
         read_bundle(old, None)
 
 
-def test_another_base_is_refused(bundle):
-    other = BaseIdentity("other", "0" * 64, "mit")
+def test_another_base_is_refused(bundle, base):
+    other = dataclasses.replace(base, identity=BaseIdentity("other", "0" * 64, "mit"))
     with pytest.raises(UserError, match=r"belongs to base .* not to other \(sha256 000000000000\)"):
         read_bundle(bundle, other)
+
+
+def test_the_same_weights_under_another_config_are_refused(bundle, base):
+    spec = dataclasses.replace(base.spec, rope_theta=7.0)
+    message = (
+        f"the config of base {base.identity.source} was changed since bundle {bundle} was made: it "
+        f"has rope_theta 7.0, the bundle {base.spec.rope_theta}; bring back the one"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_bundle(bundle, dataclasses.replace(base, spec=spec))
 
 
 def test_licences_for_research_alone_forbid_commercial_use():

@@ -68,7 +68,7 @@ def portable(request, tmp_path_factory):
     write_bundle(home / "bundle", base=base, config=config, **trained, provenance=provenance)
     where = ("--bundle", str(home / "bundle"), "--out", str(home / "out"))
     assert cli.main(["export", *where, "--format", "transformers", "--allow-ungated"]) == 0
-    return read_bundle(home / "bundle", base.identity), base, home / "out"
+    return read_bundle(home / "bundle", base), base, home / "out"
 
 
 @functools.partial(jax.jit, static_argnums=0)
