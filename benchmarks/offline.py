@@ -16,8 +16,8 @@ from load import Answer, Question
 from ours import drawn
 
 from safemoe_jax.data.chat import ChatFormat
-from safemoe_jax.generate import on_devices
 from safemoe_jax.inference.sampler import Sampler
+from safemoe_jax.loaded import on_devices
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.weights.base import fetch_base
 from safemoe_jax.weights.bundle import read_bundle, write_bundle

@@ -303,7 +303,7 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
 
 
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from safemoe_jax import run, stages
+    from safemoe_jax import evaluating, run, stages
     from safemoe_jax.config import freeze, read_config
     from safemoe_jax.errors import UserError
     from safemoe_jax.experiment import Experiment
@@ -320,8 +320,8 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
             "fetch": lambda: run.fetch(experiment),
             "data": lambda: run.data(experiment, arguments.show),
             "train-experts": lambda: stages.train_experts(experiment),
-            "train-gate": lambda: run.train_gate(experiment, arguments.keep_experts),
-            "evaluate": lambda: run.evaluate(
+            "train-gate": lambda: stages.train_gate(experiment, arguments.keep_experts),
+            "evaluate": lambda: evaluating.evaluate(
                 experiment, arguments.import_humans, arguments.export_for_humans
             ),
             "report": lambda: run.report(experiment, arguments.texts),

@@ -20,9 +20,9 @@ from safemoe_jax.data.sources import read_prompts
 from safemoe_jax.errors import UserError
 from safemoe_jax.experiment import boxed_shapes
 from safemoe_jax.fetch import file_digest
-from safemoe_jax.generate import Loaded, checked_base, on_devices
 from safemoe_jax.inference.divergence import Answer, Mixture, answers, kl_per_token, mean_gates
 from safemoe_jax.inference.sampler import Sampler
+from safemoe_jax.loaded import Loaded, checked_base, on_devices
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.parallel.sharding import shardings
 from safemoe_jax.progress import console

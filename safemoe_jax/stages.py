@@ -21,6 +21,7 @@ from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.chips import peak_flops
 from safemoe_jax.parallel.hosts import is_first, to_host
 from safemoe_jax.parallel.sharding import local_rows, replicated
+from safemoe_jax.private_files import read_json_lines
 from safemoe_jax.progress import console
 from safemoe_jax.training.checkpoints import Checkpoints
 from safemoe_jax.training.loop import Stage, train
@@ -82,6 +83,26 @@ def train_router(experiment: Experiment) -> None:
             },
         )
     experiment.workdir.publish()
+
+
+def train_gate(experiment: Experiment, keep_experts: bool = False) -> Bundle:
+    """Stage two, and the bundle of both.
+
+    Args:
+      experiment: whose experts are trained first, if they are not there yet.
+      keep_experts: leaves the experts' checkpoints behind; they are hazardous, and the bundle holds
+        what is needed of them.
+    """
+    if not experiment.workdir.bundle.exists():
+        train_router(experiment)
+    bundle = own_bundle(experiment)  # checked, before what it was made of goes
+    for stage in OWN if is_first() else ():
+        kept = experiment.workdir.checkpoints(stage).parent
+        if not keep_experts:
+            kept.rmtree(missing_ok=True)
+        elif kept.exists():
+            console.print(f"[bold red]ungated[/]: checkpoints are kept, unencrypted, in {kept}")
+    return bundle
 
 
 def own_bundle(experiment: Experiment) -> Bundle:
@@ -274,3 +295,20 @@ def _train(
         ).best
     finally:
         checkpoints.close()
+
+
+def budget(experiment: Experiment) -> dict[str, str]:
+    """Tokens with loss that each stage has seen, of those there."""
+    there = {"router": safe_text(experiment)[0].tokens.loss}
+    if not experiment.config.experts.source:
+        unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
+        there = {"experts": unsafe.tokens.loss, **there}
+    seen = dict.fromkeys(there, 0.0)
+    for row in read_json_lines(experiment.workdir.metrics):
+        if row["split"] == "train" and row["stage"] in seen:
+            seen[row["stage"]] += row["loss_tokens"]
+    return {
+        stage: f"{seen[stage]:,.0f} answer tokens seen of {there[stage]:,} there "
+        f"({seen[stage] / there[stage]:.1f} epochs)"
+        for stage in there
+    }

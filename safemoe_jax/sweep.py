@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from safemoe_jax import run, stages
+from safemoe_jax import stages
 from safemoe_jax.config import Config, freeze, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.figures import PALETTE
@@ -195,7 +195,7 @@ def run_one(points: Sequence[Point], root: Path, name: str, *, keep_experts: boo
         point = by_name[name]
         if _is_done(root / point.experts) and not (root / name).exists():
             _fork(root / point.experts, root / name, point.config)
-        _train(point.config, root / name, "router", run.train_gate)
+        _train(point.config, root / name, "router", stages.train_gate)
         _drop_experts(points, root, keep_experts)
     else:
         raise UserError(f"the sweep has no {name!r}; it has {', '.join([*by_experts, *by_name])}")

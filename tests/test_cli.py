@@ -15,7 +15,7 @@ import pytest
 import tiny
 from toys import toy_variables
 
-from safemoe_jax import cli, generate, run
+from safemoe_jax import cli, evaluating, generate, run
 from safemoe_jax.config import freeze, read_config
 from safemoe_jax.errors import Unreachable
 from safemoe_jax.inference.sampler import Generation
@@ -165,7 +165,7 @@ def test_overrides_reach_the_config(home):
 
 def test_sheets_for_people_reach_their_stage(safemoe, home, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "evaluate", lambda _, *sheets: asked.append(sheets))
+    monkeypatch.setattr(evaluating, "evaluate", lambda _, *sheets: asked.append(sheets))
     argv = ("evaluate", "--config", home / "tiny.py", "--workdir", tmp_path)
     for sheets in ((), ("--export-for-humans", "7"), ("--import-humans", "labels.csv")):
         assert safemoe(*argv, *sheets) == (0, "", "")

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from toys import leaves_equal
 
-from safemoe_jax import cli, controls, run, stages
+from safemoe_jax import cli, controls, evaluating, stages
 from safemoe_jax.config import freeze, read_config
 from safemoe_jax.controls import Controls, expert_text
 from safemoe_jax.errors import UserError
@@ -136,8 +136,8 @@ def home(tmp_path_factory):
             patch.setattr(stages, name, noting_rows(getattr(stages, name)))
         patch.setattr(controls, "Sampler", Fake)
         patch.setattr(controls, "Scorer", Fake)
-        patch.setattr(run, "load_judge_rows", lambda *_: [])
-        patch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
+        patch.setattr(evaluating, "load_judge_rows", lambda *_: [])
+        patch.setattr(evaluating.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
         patch.setattr(benchmarks, "gsm8k", lambda: [Problem("One and one?", 2)])
         patch.setattr(benchmarks, "harmless_answers", lambda: [("How are you?", "Well.")])
         said = io.StringIO()

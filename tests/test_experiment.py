@@ -9,7 +9,7 @@ import tiny
 from flax.core import FrozenDict
 
 from experiments import pyrit
-from safemoe_jax import run, stages
+from safemoe_jax import evaluating, run, stages
 from safemoe_jax.config import MeshConfig, freeze, read_config
 from safemoe_jax.data import splits
 from safemoe_jax.errors import UserError
@@ -86,12 +86,12 @@ def test_a_lora_that_would_end_in_its_warm_up_is_refused():
     values.train.router.steps = 41
     values.evaluation.systems = ("base", "safe_lora")
     chat = types.SimpleNamespace(prompt_ids=lambda turns: None)
-    run._check_systems(types.SimpleNamespace(config=freeze(values), chat=chat))
+    evaluating.check_systems(types.SimpleNamespace(config=freeze(values), chat=chat))
     values.train.router.steps = 40
     with pytest.raises(
         UserError, match=r"names 'safe_lora', .* train.router.steps, 40, and .* is 40;"
     ):
-        run._check_systems(types.SimpleNamespace(config=freeze(values), chat=chat))
+        evaluating.check_systems(types.SimpleNamespace(config=freeze(values), chat=chat))
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_a_torn_line_of_metrics_costs_that_line_alone(tmp_path, monkeypatch):
     row = {"stage": "router", "split": "train", "loss_tokens": 30.0}
     metrics.write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
     packed = types.SimpleNamespace(tokens=types.SimpleNamespace(loss=20))
-    monkeypatch.setattr(run, "safe_text", lambda experiment: (packed, packed))
+    monkeypatch.setattr(stages, "safe_text", lambda experiment: (packed, packed))
     experiment = types.SimpleNamespace(
         config=types.SimpleNamespace(experts=types.SimpleNamespace(source="set")),
         workdir=types.SimpleNamespace(metrics=metrics),
     )
-    assert run._budget(experiment) == {
+    assert stages.budget(experiment) == {
         "router": "30 answer tokens seen of 20 there (1.5 epochs)",
     }
 

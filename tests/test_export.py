@@ -12,7 +12,7 @@ import safetensors.numpy
 import tiny
 from toys import toy_variables
 
-from safemoe_jax import cli, run
+from safemoe_jax import cli, stages
 from safemoe_jax.config import freeze, read_config
 from safemoe_jax.experiment import Experiment
 from safemoe_jax.fetch import file_digest
@@ -337,7 +337,7 @@ def test_a_gate_is_trained_on_imported_experts(safemoe, mistake, home, adapters,
     assert {json.loads(row)["stage"] for row in rows} == {"router"}
     config = freeze(read_config(home / "tiny.py", [str(a) for a in train_gate(home, tmp_path)[6:]]))
     with Workdir(tmp_path / "run", config) as workdir:
-        assert run._budget(Experiment(config, workdir)).keys() == {"router"}
+        assert stages.budget(Experiment(config, workdir)).keys() == {"router"}
 
     # Another set in the same place is no continuation of this one's checkpoints.
     shutil.rmtree(tmp_path / "run" / "bundle")

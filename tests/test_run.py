@@ -12,7 +12,7 @@ import tiny
 from guards import write_guard
 from judge_server import completion, serve
 
-from safemoe_jax import cli, run, stages
+from safemoe_jax import cli, evaluating, stages
 from safemoe_jax.config import freeze, read_config
 from safemoe_jax.data import splits
 from safemoe_jax.evaluation.card import measured
@@ -53,8 +53,8 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SAFEMOE_CACHE", str(home / "cache"))
         # A part of the judge's rows is enough to see it fitted, and much faster.
-        load = run.load_judge_rows
-        monkeypatch.setattr(run, "load_judge_rows", lambda *given: load(*given)[::4])
+        load = evaluating.load_judge_rows
+        monkeypatch.setattr(evaluating, "load_judge_rows", lambda *given: load(*given)[::4])
         yield _finished(home)
 
 
@@ -240,7 +240,7 @@ def test_a_second_run_reuses_everything(home, capsys, monkeypatch):
         raise AssertionError("done once is enough")
 
     monkeypatch.setattr(stages, "train", never)
-    monkeypatch.setattr(run.EmbeddedJudge, "fit", never)
+    monkeypatch.setattr(evaluating.EmbeddedJudge, "fit", never)
     kept = ["metrics.jsonl", "bundle/manifest.json", "evaluation/answers.jsonl"]
     kept += ["evaluation/results.json"]
     before = {name: (home / "run" / name).read_bytes() for name in kept}
@@ -300,7 +300,7 @@ def test_likelihoods_are_kept_of_a_base_with_what_lies_beside_its_weights(tmp_pa
     template = tmp_path / "base" / "chat_template.jinja"
     for text in (tiny.TEMPLATE, tiny.TEMPLATE, tiny.TEMPLATE.replace("kind", "brief")):
         template.write_text(text)
-        run._cached(scorer, Experiment(config, None))([("Who hisses?", "Snakes.")])
+        evaluating._cached(scorer, Experiment(config, None))([("Who hisses?", "Snakes.")])
     assert asked == [1, 1]  # not the second time
 
 
@@ -308,7 +308,7 @@ def test_further_judges_and_people_are_heard_without_answering_anew(home, monkey
     def forbid(*_, **__):
         raise AssertionError("evaluated anew")
 
-    monkeypatch.setattr(run, "measure", forbid)
+    monkeypatch.setattr(evaluating, "measure", forbid)
     before, folder = results(home), home / "run" / "evaluation"
     with serve(lambda body: completion("unsafe\nS1" if "hiss" in str(body) else "safe")) as server:
         judges = f"--config.evaluation.judges=('llama_guard_3@{server.url}#m',)"
@@ -385,7 +385,7 @@ def test_a_judge_that_cannot_be_checked_is_told_before_anything_is_answered(
     home, monkeypatch, capsys
 ):
     monkeypatch.setattr(Experiment, "safe_informative", lambda self, split: [])
-    monkeypatch.setattr(run, "measure", None)
+    monkeypatch.setattr(evaluating, "measure", None)
     assert safemoe(home, "evaluate", "--config.evaluation.max_new_tokens=3") == 2
     assert "the test split has 0 human safe-informative answers" in capsys.readouterr().err
 
@@ -399,7 +399,7 @@ def test_only_what_is_evaluated_otherwise_is_done_anew(home, monkeypatch):
         fitted.append(rows)
         return StubJudge()
 
-    monkeypatch.setattr(run.EmbeddedJudge, "fit", fit)
+    monkeypatch.setattr(evaluating.EmbeddedJudge, "fit", fit)
     assert safemoe(home, "run", "--config.evaluation.max_new_tokens=4") == 0
     assert len(fitted) == 1
     assert (home / "run" / "metrics.jsonl").read_bytes() == metrics
@@ -412,7 +412,9 @@ def test_only_what_is_evaluated_otherwise_is_done_anew(home, monkeypatch):
 
 def test_benchmarks_are_asked_besides_without_what_was_taught(home, monkeypatch, capsys):
     """Goes on with the stub judge of the test before."""
-    monkeypatch.setattr(run.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge())
+    monkeypatch.setattr(
+        evaluating.EmbeddedJudge, "fit", lambda rows, scorer, **settings: StubJudge()
+    )
     corpus = list(dict.fromkeys(row["prompt"] for row in lines(home / "corpus.jsonl")))
     path = home / "Mine.json"
     too_long = "Why? " * 600

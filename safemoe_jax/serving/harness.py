@@ -31,8 +31,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import file_digest
-from safemoe_jax.generate import on_devices
 from safemoe_jax.inference.engine import Engine, Request, bucket, tokens_at_once
+from safemoe_jax.loaded import on_devices
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import forward, logits
 from safemoe_jax.parallel.hosts import set_up_jax, to_host

@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from safemoe_jax.errors import UserError
-from safemoe_jax.generate import on_devices
+from safemoe_jax.loaded import on_devices
 from safemoe_jax.progress import console
 from safemoe_jax.remote import is_loopback
 from safemoe_jax.serving.door import Door

@@ -9,8 +9,8 @@ import jax
 
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
-from safemoe_jax.generate import Loaded
 from safemoe_jax.inference.engine import Engine, Event, Request
+from safemoe_jax.loaded import Loaded
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.serving.protocol import ChatBody, CompletionBody, Refused
 from safemoe_jax.serving.text import TextStream

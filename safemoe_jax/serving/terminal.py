@@ -18,8 +18,9 @@ from rich.text import Text
 
 from safemoe_jax.data.chat import ChatFormat
 from safemoe_jax.errors import UserError
-from safemoe_jax.generate import check_sampling, check_unicode, on_devices
+from safemoe_jax.generate import check_sampling, check_unicode
 from safemoe_jax.inference.engine import Engine, Request
+from safemoe_jax.loaded import on_devices
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.progress import console, printable
 from safemoe_jax.serving import keyboard

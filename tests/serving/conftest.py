@@ -5,7 +5,7 @@ import tiny
 from toys import toy_variables
 
 from safemoe_jax.config import freeze, read_config
-from safemoe_jax.generate import on_devices
+from safemoe_jax.loaded import on_devices
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.base import load_base
 from safemoe_jax.weights.bundle import read_bundle, write_bundle

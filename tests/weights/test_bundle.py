@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from safemoe_jax.config import freeze
 from safemoe_jax.errors import UserError
-from safemoe_jax.generate import on_devices
+from safemoe_jax.loaded import on_devices
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.weights.artefact import manifest_digest
