@@ -36,7 +36,12 @@ from safemoe_jax.evaluation.evaluate import (
     measure,
 )
 from safemoe_jax.evaluation.gates import router_rows
-from safemoe_jax.evaluation.human import export_for_humans, import_humans
+from safemoe_jax.evaluation.human import (
+    check_export,
+    check_import,
+    export_for_humans,
+    import_humans,
+)
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
 from safemoe_jax.evaluation.prompt_sets import Named, resolve
@@ -65,7 +70,7 @@ from safemoe_jax.stages import own_bundle, safe_text, train_router
 from safemoe_jax.weights.artefact import MANIFEST, file_digest
 from safemoe_jax.weights.base import fetch_base
 from safemoe_jax.weights.bundle import Bundle, write_card
-from safemoe_jax.workdir import own_commit, write_json
+from safemoe_jax.workdir import own_commit, read_object, write_json
 
 
 def fetch(experiment: Experiment) -> None:
@@ -132,6 +137,11 @@ def evaluate(experiment: Experiment, labels: Path | None = None, export: int = 0
       labels: a sheet that people have filled in; it is read first.
       export: answers to write into a new sheet for people, 0 for none.
     """
+    if is_first():  # now, not after hours of training and generating
+        if labels is not None:
+            check_import(labels, experiment.workdir.evaluation)
+        if export:
+            check_export(export, experiment.workdir.evaluation)
     judges = _judges(experiment)
     with jax.set_mesh(experiment.mesh):
         results = _evaluate(experiment, judges)
@@ -192,7 +202,7 @@ def _hear(
     if labels is not None:
         count = import_humans(labels, directory)
         console.print(f"{count} labelled answers read from {labels}")
-    people = (directory / "human.jsonl").exists()
+    people = bool(read_json_lines(directory / "human.jsonl"))
     if judges or people or results["panel"]["judges"]:
         labelled = experiment.corpus.select(splits={"test"}) if judges else []
         results["panel"] = panel.hear(judges, labelled, seed, directory)
@@ -220,8 +230,10 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
         train_gate(experiment)
     key = _evaluation_key(experiment, sets)
     path = directory / "results.json"
-    if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
-        return json.loads(path.read_text())
+    if path.exists():
+        results = read_object(path, "delete it, and the same command judges the answers anew")
+        if results["provenance"]["evaluation"] == key:
+            return results
     directory.mkdir(exist_ok=True, mode=0o700)
     for further in judges if is_first() else ():
         further.check()  # now, not after hours of generating
@@ -444,8 +456,8 @@ def _budget(experiment: Experiment) -> dict[str, str]:
         unsafe = experiment.packed(experiment.unsafe("train"), by_domain=True)
         there = {"experts": unsafe.tokens.loss, **there}
     seen = dict.fromkeys(there, 0.0)
-    for line in experiment.workdir.metrics.read_text().splitlines():
-        row = json.loads(line)
+    # A full disk may have cut the last line of a control's, which goes on only after this.
+    for row in read_json_lines(experiment.workdir.metrics):
         if row["split"] == "train" and row["stage"] in seen:
             seen[row["stage"]] += row["loss_tokens"]
     return {

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import shutil
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from judge_server import completion, serve
 
 from safemoe_jax import cli, run, stages
 from safemoe_jax.data import splits
+from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.card import measured
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.experiment import Experiment
@@ -304,6 +307,43 @@ def test_further_judges_and_people_are_heard_without_answering_anew(home, monkey
     )
     assert "Judges: embedded, human." in capsys.readouterr().out
     assert safemoe(home, "evaluate", "--import-humans", str(home / "none.csv")) == 2
+
+
+def test_a_line_that_a_full_disk_has_cut_does_not_stop_a_run(tmp_path, monkeypatch):
+    rows = '{"stage": "router", "split": "train", "loss_tokens": 5}\n{"stage": "safe_l'
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    packed = types.SimpleNamespace(tokens=types.SimpleNamespace(loss=10))
+    monkeypatch.setattr(run, "safe_text", lambda experiment: (packed, None))
+    experiment = types.SimpleNamespace(
+        config=types.SimpleNamespace(experts=types.SimpleNamespace(source="imported")),
+        workdir=types.SimpleNamespace(metrics=tmp_path / "metrics.jsonl"),
+    )
+    assert run._budget(experiment) == {"router": "5 answer tokens seen of 10 there (0.5 epochs)"}
+
+
+def test_damaged_results_are_named(home, capsys):
+    path = home / "run" / "evaluation" / "results.json"
+    before = path.read_text()
+    path.write_text(before[:100])
+    assert safemoe(home, "evaluate") == 2
+    path.write_text(before)
+    assert "results.json is not JSON" in (said := capsys.readouterr().err)
+    assert said.endswith("delete it, and the same command judges the answers anew\n")
+
+
+@pytest.mark.parametrize(
+    ("labels", "export", "message"),
+    [
+        (Path("none.csv"), 0, r"none\.csv is no file; --export-for-humans writes"),
+        (None, -1, r"--export-for-humans is -1; export one answer or more"),
+        (None, 3, r"for_humans\.csv is there already"),
+    ],
+)
+def test_a_mistake_about_sheets_waits_for_nothing(tmp_path, labels, export, message):
+    (tmp_path / "for_humans.csv").touch()
+    experiment = types.SimpleNamespace(workdir=types.SimpleNamespace(evaluation=tmp_path))
+    with pytest.raises(UserError, match=message):  # all else would be an AttributeError
+        run.evaluate(experiment, labels, export)
 
 
 def test_a_judge_on_this_machine_is_heard_and_the_base_makes_room(home, monkeypatch):

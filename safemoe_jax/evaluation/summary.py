@@ -297,12 +297,21 @@ def _sha256(path: Path) -> str:
 def _json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
+    except UserError:  # a ValueError, too
+        raise
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); write it anew") from error
 
 
 def _json_lines(path: Path) -> list[Row]:
-    return [json.loads(line) for line in _text(path).splitlines() if line]
+    try:
+        return [json.loads(line) for line in _text(path).splitlines() if line]
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(
+            f"{path} has a line that is not JSON ({error}); take it out, or write the file anew"
+        ) from error
 
 
 def _text(path: Path) -> str:

@@ -435,8 +435,18 @@ def test_runs_of_different_experiments_are_not_put_together(runs):
 
 
 def test_a_missing_file_names_itself_and_the_remedy(tmp_path):
-    with pytest.raises(UserError, match=r"results\.json is not there.*safemoe run"):
+    place = re.escape(str(tmp_path / "evaluation" / "results.json"))
+    with pytest.raises(
+        UserError, match=rf"^{place} is not there.*safemoe run` makes all .* workdir$"
+    ):
         write_report([tmp_path])
+
+
+def test_a_damaged_line_of_the_metrics_is_named(runs):
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "exp')
+    with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not JSON \(.+\); take"):
+        write_report(runs[:1])
 
 
 def test_the_latex_table_is_whole_and_escaped(drawn, numbers):
