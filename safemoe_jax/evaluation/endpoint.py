@@ -9,6 +9,7 @@ machine only.
 
 import functools
 import ipaddress
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -187,6 +188,8 @@ def _key() -> str:
 
 
 def _session(url: str) -> requests.Session:
+    # It would say each retry of each thread; what the last one ended in is said by `_send`.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     session = requests.Session()
     retry = Retry(
         **_RETRIES,

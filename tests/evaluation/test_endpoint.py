@@ -230,6 +230,14 @@ def test_the_check_says_where_answers_go_and_who_is_not_there(tmp_path, monkeypa
     assert "harmful ones among them, go to http://judge.example:8000/v1, unencrypted" in said
 
 
+def test_retries_of_a_server_that_is_gone_are_not_said_one_by_one(tmp_path, caplog):
+    with serve(wildguard) as server:
+        gone = judge(server, tmp_path)
+    with pytest.raises(UserError, match=r"no reply from http://127"):
+        gone.judge(PAIRS[:2])
+    assert caplog.records == []
+
+
 def test_where_answers_go_is_said_without_a_check_and_once(tmp_path, monkeypatch, capsys):
     (far,) = parse_judges(["wildguard@https://judge.example/v1#m"])
     away, refusal = EndpointJudge(far, tmp_path), endpoint.requests.Response()
