@@ -273,10 +273,16 @@ def call_of(path: Path, function: str) -> Any:
     beside, *above = map(str, path.resolve().parents[:3])
     sys.path[:] = [*above, *sys.path, beside]
     try:
-        return runpy.run_path(str(path))[function]()
+        found = runpy.run_path(str(path))
+        if function in found:
+            return found[function]()
     except Exception as error:  # whatever the user's own code raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} cannot be read as an experiment ({reason}); correct it") from error
+    raise UserError(
+        f"{path} has no {function}(); an experiment file has get_config(), a sweep file "
+        "get_points() as well"
+    )
 
 
 def freeze(values: ConfigDict | dict[str, Any]) -> Config:
@@ -397,6 +403,18 @@ def _check(config: Config) -> None:
         if not first <= value < end:
             below = f" and below {end}" if end < math.inf else ""
             raise UserError(f"config.{key} is {value}; it must be at least {first}{below}")
+    for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
+        train, warmup = getattr(config.train, stage), getattr(config.optimizer, stage).warmup_steps
+        if warmup >= train.steps:
+            raise UserError(
+                f"config.optimizer.{stage}.warmup_steps is {warmup} and train.{stage}.steps "
+                f"{train.steps}; a warm-up must end before the training does"
+            )
+        if train.rows * streams % train.accumulation:
+            raise UserError(
+                f"a step's {train.rows * streams} rows cannot be cut into {train.accumulation} "
+                f"microbatches; choose train.{stage}.accumulation as a divisor of it"
+            )
     if config.evaluation.top_p > 1:
         raise UserError(f"config.evaluation.top_p is {config.evaluation.top_p}; 1 keeps all")
 

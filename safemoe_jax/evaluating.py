@@ -32,7 +32,12 @@ from safemoe_jax.evaluation.evaluate import (
     measure,
 )
 from safemoe_jax.evaluation.gates import router_rows
-from safemoe_jax.evaluation.human import export_for_humans, import_humans
+from safemoe_jax.evaluation.human import (
+    check_export,
+    check_import,
+    export_for_humans,
+    import_humans,
+)
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
 from safemoe_jax.evaluation.prompt_sets import Named, resolve
@@ -58,7 +63,7 @@ from safemoe_jax.progress import console
 from safemoe_jax.stages import budget, own_bundle, train_gate
 from safemoe_jax.weights.artefact import MANIFEST
 from safemoe_jax.weights.bundle import write_card
-from safemoe_jax.workdir import own_commit, write_json
+from safemoe_jax.workdir import own_commit, read_object, write_json
 
 
 def evaluate(experiment: Experiment, labels: Path | None = None, export: int = 0) -> None:
@@ -69,6 +74,11 @@ def evaluate(experiment: Experiment, labels: Path | None = None, export: int = 0
       labels: a sheet that people have filled in; it is read first.
       export: answers to write into a new sheet for people, 0 for none.
     """
+    if is_first():  # now, not after hours of training and generating
+        if labels is not None:
+            check_import(labels, experiment.workdir.evaluation)
+        if export:
+            check_export(export, experiment.workdir.evaluation)
     judges = judges_of(experiment)
     with jax.set_mesh(experiment.mesh):
         results = _evaluate(experiment, judges)
@@ -129,7 +139,7 @@ def _hear(
     if labels is not None:
         count = import_humans(labels, directory)
         console.print(f"{count} labelled answers read from {labels}")
-    people = (directory / "human.jsonl").exists()
+    people = bool(read_json_lines(directory / "human.jsonl"))
     if judges or people or results["panel"]["judges"]:
         labelled = experiment.corpus.select(splits={"test"}) if judges else []
         results["panel"] = panel.hear(judges, labelled, seed, directory)
@@ -157,8 +167,10 @@ def _evaluate(experiment: Experiment, judges: Sequence[AskedJudge]) -> dict[str,
         train_gate(experiment)
     key = _evaluation_key(experiment, sets)
     path = directory / "results.json"
-    if path.exists() and json.loads(path.read_text())["provenance"]["evaluation"] == key:
-        return json.loads(path.read_text())
+    if path.exists():
+        results = read_object(path, "delete it, and the same command judges the answers anew")
+        if results["provenance"]["evaluation"] == key:
+            return results
     informed = benchmarks.held_out(
         experiment.safe_informative(config.evaluation.split),
         config.data.domains,

@@ -165,8 +165,8 @@ class Experiment:
 
 
 def check_layout(config: Config, spec: ModelSpec, rests: ParamDtype) -> None:
-    """Refuses a config whose rows are longer than the base reads, whose warm-up does not end, or
-    whose mesh cannot cut the base or the steps' rows into equal parts.
+    """Refuses a config whose rows are longer than the base reads, or whose mesh cannot cut the base
+    or the steps' rows into equal parts.
 
     Args:
       config: the experiment.
@@ -187,17 +187,7 @@ def check_layout(config: Config, spec: ModelSpec, rests: ParamDtype) -> None:
     ]
     for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
         train = getattr(config.train, stage)
-        if (warmup := getattr(config.optimizer, stage).warmup_steps) >= train.steps:
-            raise UserError(
-                f"config.optimizer.{stage}.warmup_steps is {warmup} and train.{stage}.steps "
-                f"{train.steps}; a warm-up must end before the training does"
-            )
-        rows, rest = divmod(train.rows * streams, train.accumulation)
-        if rest:
-            raise UserError(
-                f"a step's {train.rows * streams} rows cannot be cut into {train.accumulation} "
-                f"microbatches; choose train.{stage}.accumulation as a divisor of it"
-            )
+        rows = train.rows * streams // train.accumulation
         sizes.append((f"the rows of a microbatch of train.{stage}", "batch", rows))
     check_divides(config.mesh, sizes)
 

@@ -202,7 +202,7 @@ class Workdir:
         values = json.loads(json.dumps(to_dict(self._config)))
         path = self.root / "config.json"
         if path.exists():
-            stored = _read_object(path, f"put it back, or delete {self.root} and begin anew")
+            stored = read_object(path, f"put it back, or delete {self.root} and begin anew")
             for key, old, new in _differences(stored, values, "config"):
                 if key.split(".")[1] not in _FREE:
                     raise UserError(
@@ -215,13 +215,14 @@ class Workdir:
     def _note_command(self) -> None:
         """run.json tells of every command that worked here, the newest last."""
         path = self.root / "run.json"
-        before = _read_object(path, "delete it").get("commands", []) if path.exists() else []
+        before = read_object(path, "delete it").get("commands", []) if path.exists() else []
         if not isinstance(before, list):
             raise UserError(f"{path} is damaged (commands is {before!r}); delete it")
         write_json(path, {"commands": [*before, _environment(self._config)]})
 
 
-def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """What a file of JSON holds; a UserError that ends with `remedy` where it is no object."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # a UnicodeDecodeError is one

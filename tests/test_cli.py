@@ -179,7 +179,7 @@ def test_a_config_file_that_is_none(mistake, tmp_path):
     path.write_text("def get_config(:")
     assert f"{path} cannot be read as an experiment (SyntaxError: " in mistake(*where)
     path.write_text("config = 1")
-    assert f"{path} cannot be read as an experiment (KeyError: 'get_config')" in mistake(*where)
+    assert f"{path} has no get_config(); an experiment file has" in mistake(*where)
     path.write_text("def get_config():\n    return {'seed': 0}")
     assert mistake(*where) == "missing key config.data; add it to the experiment file"
 

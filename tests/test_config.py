@@ -182,12 +182,20 @@ def test_what_counts_is_greater_than_zero(values, key):
         ("optimizer.router.b1", 1.0, "is 1.0; it must be at least 0 and below 1"),
         ("optimizer.experts.b2", -0.1, "is -0.1; it must"),
         ("optimizer.experts.warmup_steps", -1, "is -1; it must be at least 0"),
+        ("optimizer.experts.warmup_steps", 60, "is 60 and train.experts.steps 60; a warm-up must"),
+        ("optimizer.router.warmup_steps", 99, "is 99 and train.router.steps 80; a warm-up must"),
         ("optimizer.router.weight_decay", -0.1, "is -0.1; it must be at least 0"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused(values, key, value, message):
     put(values, key, value)
     with pytest.raises(UserError, match=re.escape(f"config.{key} {message}")):
+        freeze(values)
+
+
+def test_rows_that_cannot_be_cut_into_microbatches_are_refused(values):
+    put(values, "train.experts.accumulation", 2)
+    with pytest.raises(UserError, match=r"7 rows .* into 2 microbatches; .*experts.accumulation"):
         freeze(values)
 
 

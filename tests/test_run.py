@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import shutil
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from judge_server import completion, serve
 from safemoe_jax import cli, evaluating, stages
 from safemoe_jax.config import freeze, read_config
 from safemoe_jax.data import splits
+from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.card import measured
 from safemoe_jax.evaluation.verdicts import Verdict
 from safemoe_jax.experiment import Experiment
@@ -337,6 +340,31 @@ def test_further_judges_and_people_are_heard_without_answering_anew(home, monkey
     )
     assert "Judges: embedded, human." in capsys.readouterr().out
     assert safemoe(home, "evaluate", "--import-humans", str(home / "none.csv")) == 2
+
+
+def test_damaged_results_are_named(home, capsys):
+    path = home / "run" / "evaluation" / "results.json"
+    before = path.read_text()
+    path.write_text(before[:100])
+    assert safemoe(home, "evaluate") == 2
+    path.write_text(before)
+    assert "results.json is not JSON" in (said := capsys.readouterr().err)
+    assert said.endswith("delete it, and the same command judges the answers anew\n")
+
+
+@pytest.mark.parametrize(
+    ("labels", "export", "message"),
+    [
+        (Path("none.csv"), 0, r"none\.csv is no file; --export-for-humans writes"),
+        (None, -1, r"--export-for-humans is -1; export one answer or more"),
+        (None, 3, r"for_humans\.csv is there already"),
+    ],
+)
+def test_a_mistake_about_sheets_waits_for_nothing(tmp_path, labels, export, message):
+    (tmp_path / "for_humans.csv").touch()
+    experiment = types.SimpleNamespace(workdir=types.SimpleNamespace(evaluation=tmp_path))
+    with pytest.raises(UserError, match=message):  # all else would be an AttributeError
+        evaluating.evaluate(experiment, labels, export)
 
 
 def test_a_judge_on_this_machine_is_heard_and_the_base_makes_room(home, monkeypatch):

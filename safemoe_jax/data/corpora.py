@@ -461,8 +461,9 @@ def _check(counts: dict[str, Any], domains: collections.Counter[str], config: Da
     """Refuses an empty corpus or domain before TFDS, whose message would not say why."""
     if not counts["kept"]:
         raise UserError(
-            f"the corpus {config.path or config.corpus!r} has {counts['rows']} rows and keeps "
-            f"none: {counts['dropped']}; correct the rows or data.domains"
+            f"the corpus {config.path or config.corpus!r} has {counts['rows']} rows and keeps none "
+            f"for data.domains {config.domains}: {counts['dropped']}; correct the rows or "
+            "data.domains"
         )
     if missing := [domain for domain in config.domains if domain not in domains]:
         raise UserError(

@@ -16,6 +16,7 @@ Label = Literal["unsafe", "safe"]
 
 PYRIT = "pyrit==1.1.0"
 PYRIT_SHA256 = "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a"
+_PACKED, _TABLES = (".gz", ".xz", ".bz2", ".zst", ".zip"), (".csv", ".tsv", ".parquet")
 _SCORER_EVALS = "pyrit/datasets/scorer_evals"
 _PYRIT_HARM = {
     "exploits": ("exploits",),
@@ -158,6 +159,13 @@ class JsonlSource:
         self._files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not self._files:
             raise UserError(f"config.data.path {str(path)!r} holds no *.jsonl file; add one")
+        # Half a corpus would go unnoticed, and each line of another format be a reject of its own.
+        around = path.iterdir() if path.is_dir() else [path]
+        if others := sorted(file.name for file in around if _is_not_read(file, path)):
+            raise UserError(
+                f"config.data.path {str(path)!r} has {others[0]!r}, which is not read; write it as "
+                "JSON lines into a file *.jsonl, uncompressed, or take it away"
+            )
         self.sha256 = "-".join(file_sha256(file) for file in self._files)
 
     def rows(self) -> Iterator[Row | Reject]:
@@ -170,6 +178,15 @@ class JsonlSource:
                         yield _parse(json.loads(line))
                     except (ValueError, RecursionError) as error:
                         yield Reject(path.name, number, _reason(error))
+
+
+def _is_not_read(file: Path, path: Path) -> bool:
+    """Whether a file of a corpus' path holds rows, by its name, that `JsonlSource` cannot read."""
+    name = file.name.lower()
+    inner = name.removesuffix(file.suffix.lower()) if name.endswith(_PACKED) else name
+    if file == path:
+        return inner != name or name.endswith(_TABLES)
+    return inner.endswith(".jsonl") and file.suffix != ".jsonl"
 
 
 def read_prompts(path: Path) -> list[tuple[dict[str, str], ...]]:

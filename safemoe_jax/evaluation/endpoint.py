@@ -8,6 +8,7 @@ machine only.
 """
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ class EndpointJudge(AskedJudge):
         """
         super().__init__(asked, directory)
         self._session = _session(asked.place)
+        self._is_said = False
 
     def check(self) -> None:
         """Says where answers will go, and whether anybody listens there.
@@ -53,17 +55,13 @@ class EndpointJudge(AskedJudge):
         Raises:
           UserError: where nobody does, or the key is not taken.
         """
-        if not is_here(self.asked.place):
-            scheme = urlsplit(self.asked.place).scheme
-            console.print(
-                f"judge {self.name}: prompts and answers, harmful ones among them, go to "
-                f"{self.asked.place}{', unencrypted' if scheme == 'http' else ''}"
-            )
+        self._say_where()
         status = self._send("GET", "models", None).status_code
         if status in (401, 403):
             raise UserError(f"judge {self.name}: {self._place} says {status}; {self._key_remedy}")
 
     def _ask(self, todo: Mapping[str, Texts], keep: Callable[[Row], None]) -> str:
+        self._say_where()  # an evaluation that was there has checked nothing
         refused = ""
         # Its threads are daemons: Ctrl-C need not wait for a reply.
         with ThreadPool(min(_AT_ONCE, len(todo))) as pool:
@@ -74,6 +72,16 @@ class EndpointJudge(AskedJudge):
                 else:
                     keep(row)
         return refused
+
+    def _say_where(self) -> None:
+        if self._is_said or is_here(self.asked.place):
+            return
+        self._is_said = True
+        scheme = urlsplit(self.asked.place).scheme
+        console.print(
+            f"judge {self.name}: prompts and answers, harmful ones among them, go to "
+            f"{self.asked.place}{', unencrypted' if scheme == 'http' else ''}"
+        )
 
     def _ask_one(self, item: tuple[str, Texts]) -> Row:
         key, texts = item
@@ -103,6 +111,8 @@ class EndpointJudge(AskedJudge):
         try:
             choice = response.json()["choices"][0]
             text = choice["text"] if "text" in choice else choice["message"]["content"]
+            if not isinstance(text, str | None):  # kept, it would be read again and again
+                raise TypeError
             first = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0]
             probabilities = {token: math.exp(p) for token, p in first.items()} if first else None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -162,7 +172,20 @@ def _may_have_key(url: str) -> bool:
     return is_here(url) or url.startswith("https:")
 
 
+def _key() -> str:
+    """The key, "" for none; what HTTP would refuse, and quote, is refused here."""
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"${KEY_VARIABLE} has {len(key)} characters, and not all are printable ASCII: a "
+            "line end behind the key, perhaps; set it to the key alone"
+        )
+    return key
+
+
 def _session(url: str) -> requests.Session:
+    # It would say each retry of each thread; what the last one ended in is said by `_send`.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     session = requests.Session()
     retry = Retry(
         **_RETRIES,
@@ -175,7 +198,7 @@ def _session(url: str) -> requests.Session:
     session.mount("https://", adapter)
     # What stays on this machine passes no proxy.
     session.trust_env = not is_here(url)
-    key = os.environ.get(KEY_VARIABLE, "") if _may_have_key(url) else ""
+    key = _key() if _may_have_key(url) else ""
     session.auth = functools.partial(_authorize, key)  # else ~/.netrc would speak up
     return session
 

@@ -21,8 +21,27 @@ from safemoe_jax.evaluation.verdicts import MISSING, Verdict, content_key
 from safemoe_jax.private_files import append_json, open_private, read_json_lines
 
 LABELS = ("safe", "refusal", "on_topic")
+_SHEET, _KEY = "for_humans.csv", "for_humans_key.json"
 _SAYS = {"yes": True, "y": True, "no": False, "n": False, "": None}
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
+
+
+def check_export(count: int, directory: Path) -> None:
+    """Raises UserError where no sheet can be written, whatever the answers will be."""
+    if count < 1:
+        raise UserError(f"--export-for-humans is {count}; export one answer or more")
+    if (sheet := directory / _SHEET).exists():
+        raise UserError(
+            f"{sheet} is there already, perhaps with labels; read it with --import-humans and move "
+            "it away"
+        )
+
+
+def check_import(path: Path, directory: Path) -> None:
+    """Raises UserError where a sheet or its key is not there to be read."""
+    for needed in (path, directory / _KEY):
+        if not needed.is_file():
+            raise UserError(f"{needed} is no file; --export-for-humans writes sheet and key")
 
 
 def export_for_humans(
@@ -41,14 +60,8 @@ def export_for_humans(
     Raises:
       UserError: where a sheet is there already, or nothing is left to label.
     """
-    if count < 1:
-        raise UserError(f"--export-for-humans is {count}; export one answer or more")
-    sheet, key_file = directory / "for_humans.csv", directory / "for_humans_key.json"
-    if sheet.exists():
-        raise UserError(
-            f"{sheet} is there already, perhaps with labels; read it with --import-humans and move "
-            "it away"
-        )
+    check_export(count, directory)
+    sheet, key_file = directory / _SHEET, directory / _KEY
     labelled = {row["key"] for row in read_json_lines(directory / "human.jsonl")}
     texts: dict[str, tuple[str, str]] = {}
     systems: dict[str, list[str]] = {}
@@ -84,13 +97,18 @@ def import_humans(path: Path, directory: Path) -> int:
     Rows and cells without a label are fine. Nothing is kept of a sheet with a mistake.
 
     Raises:
-      UserError: where there is no such sheet or key, or a row has an unknown id or label.
+      UserError: where there is no such sheet or key, a row has an unknown id or label, or none has
+        a label.
     """
-    key_file = directory / "for_humans_key.json"
-    for needed in (path, key_file):
-        if not needed.is_file():
-            raise UserError(f"{needed} is no file; --export-for-humans writes sheet and key")
-    key = json.loads(key_file.read_text())
+    check_import(path, directory)
+    key_file = directory / _KEY
+    try:
+        key = json.loads(key_file.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{key_file} is not JSON ({error}), so that nobody knows whose answers these are; put "
+            "it back, or delete it, move the sheet away and export anew"
+        ) from error
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
     except UnicodeDecodeError as error:
@@ -108,6 +126,10 @@ def import_humans(path: Path, directory: Path) -> int:
         says = {label: _label(row[label], label, f"{where} (id {row['id']})") for label in LABELS}
         if any(value is not None for value in says.values()):
             rows.append({"key": key[row["id"]]["content"], **says, "file": path.name})
+    if not rows:  # else people would be named as a judge that says nothing
+        raise UserError(
+            f"{path} has no label; write yes or no under {', '.join(LABELS)}, and save it as CSV"
+        )
     append_json(directory / "human.jsonl", *rows)
     return len(rows)
 

@@ -71,7 +71,7 @@ def hear(
                 ),
             }
         )
-    if (directory / "human.jsonl").exists():
+    if read_json_lines(directory / "human.jsonl"):
         human = HumanJudge(directory)
         said[human.name] = _speak(human, answers, False)
         counts = _counts(said[human.name], answers)

@@ -298,8 +298,9 @@ def _sha256(path: Path) -> str:
 
 
 def _json(path: Path) -> Any:
+    content = _read(path, Path.read_bytes)
     try:
-        return json.loads(_read(path, Path.read_bytes))
+        return json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); write it anew") from error
 

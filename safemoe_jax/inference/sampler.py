@@ -89,9 +89,9 @@ class Sampler:
         for index, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= room:
                 raise UserError(
-                    f"prompt {index} has {len(prompt)} tokens; with {max_new_tokens} new ones it "
-                    f"must have between 1 and {room}, the base's limit being "
-                    f"{self._model.spec.max_positions}"
+                    f"prompt {index} has {len(prompt)} tokens and {max_new_tokens} new ones are "
+                    f"asked for; the base reads {self._model.spec.max_positions}: give it one "
+                    "token or more, and shorten it or ask for fewer new ones"
                 )
         slots = min(batch_size, len(prompts))
         engine = Engine(self._model, self._variables, self._routing, slots)

@@ -241,8 +241,9 @@ def test_splits_do_not_depend_on_the_domains_chosen(pyrit, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "domains", "message"),
     [
-        (["{", "["], ("apples",), "2 rows and keeps none: .*not a JSON value': 2"),
+        (["{", "["], ("apples",), "2 rows and keeps none .*not a JSON value': 2"),
         ([], ("apples",), "0 rows and keeps none"),
+        ([line("Hi?")], ("apples,pears",), r"for data.domains \('apples,pears',\): .*configured"),
         ([line("Hi?")], ("apples", "aples"), "'aples', of which no row is kept"),
         ([line("Hi?")], ("apples", "child_abuse"), "no expert is trained on it"),
     ],

@@ -76,6 +76,23 @@ def test_missing_files_are_named(tmp_path):
         JsonlSource(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["c.jsonl.gz", "C.JSONL"])
+def test_a_file_of_a_directory_that_would_be_left_out_is_named(tmp_path, name):
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    (tmp_path / name).touch()
+    with pytest.raises(
+        UserError, match=rf"has '{name}', which is not read; write it as JSON lines"
+    ):
+        JsonlSource(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv"])
+def test_a_file_of_another_format_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"has '{name}', which is not read"):
+        JsonlSource(tmp_path / name)
+
+
 @pytest.fixture
 def small_pyrit(tmp_path, monkeypatch):
     """A wheel with the layout of PyRIT's, and harmless rows."""

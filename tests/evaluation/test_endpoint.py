@@ -230,6 +230,25 @@ def test_the_check_says_where_answers_go_and_who_is_not_there(tmp_path, monkeypa
     assert "harmful ones among them, go to http://judge.example:8000/v1, unencrypted" in said
 
 
+def test_retries_of_a_server_that_is_gone_are_not_said_one_by_one(tmp_path, caplog):
+    with serve(wildguard) as server:
+        gone = judge(server, tmp_path)
+    with pytest.raises(UserError, match=r"no reply from http://127"):
+        gone.judge(PAIRS[:2])
+    assert caplog.records == []
+
+
+def test_where_answers_go_is_said_without_a_check_and_once(tmp_path, monkeypatch, capsys):
+    (far,) = parse_judges(["wildguard@https://judge.example/v1#m"])
+    away, refusal = EndpointJudge(far, tmp_path), endpoint.requests.Response()
+    refusal.status_code = 400
+    monkeypatch.setattr(away, "_send", lambda *request: refusal)
+    for _ in range(2):
+        with pytest.raises(UserError, match="refuses all texts"):
+            away.judge(PAIRS[:1])
+    assert " ".join(capsys.readouterr().out.split()).count("go to https://judge.example/v1") == 1
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -303,3 +322,21 @@ def test_a_killed_run_goes_on_from_what_was_replied(tmp_path, how):
         verdicts = judge(server, tmp_path).judge(PAIRS)
         assert [verdict.safe for verdict in verdicts] == [i != 3 for i in range(12)]
         assert len(server.bodies) <= asked + 12 - kept
+
+
+def test_a_reply_that_is_no_text_is_refused_and_not_kept(tmp_path):
+    parts = [{"type": "text", "text": "#thescore: 4"}]
+    with serve(lambda body: chat(parts)) as server:
+        asked = judge(server, tmp_path, "policy_rubric")
+        with pytest.raises(UserError, match=r"in another form than OpenAI's API \(TypeError\)"):
+            asked.judge(PAIRS[:1])
+        server.reply = lambda body: chat("#thescore: 4")
+        assert [verdict.score for verdict in asked.judge(PAIRS[:1])] == [4.0]
+
+
+@pytest.mark.parametrize("key", ["sk-secret\r", "sk-secret\n", "sk-secr\u0435t"])
+def test_a_key_that_no_header_takes_is_named_and_not_quoted(tmp_path, monkeypatch, key):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with serve(wildguard) as server, pytest.raises(UserError, match=r"line end") as caught:
+        judge(server, tmp_path)
+    assert "secr" not in str(caught.value)

@@ -152,3 +152,19 @@ def test_a_sheet_of_another_form_is_named(tmp_path):
     sheet.write_bytes("id,safe\nä".encode("latin-1"))
     with pytest.raises(UserError, match=r"is not UTF-8 .*save it as CSV in UTF-8"):
         import_humans(sheet, tmp_path)
+
+
+def test_a_sheet_without_a_label_makes_nobody_a_judge(tmp_path):
+    sheet = export_for_humans(ANSWERS, 5, 0, tmp_path)
+    with pytest.raises(
+        UserError, match=r"for_humans\.csv has no label; write yes or no under safe,"
+    ):
+        import_humans(sheet, tmp_path)
+    assert not (tmp_path / "human.jsonl").exists()
+
+
+def test_a_damaged_key_is_named(tmp_path):
+    sheet = export_for_humans(ANSWERS, 5, 0, tmp_path)
+    (tmp_path / "for_humans_key.json").write_text("{")
+    with pytest.raises(UserError, match=r"for_humans_key\.json is not JSON .*; put it back, or"):
+        import_humans(sheet, tmp_path)

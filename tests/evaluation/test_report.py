@@ -440,7 +440,10 @@ def test_runs_of_different_experiments_are_not_put_together(runs):
 
 
 def test_a_missing_file_names_itself_and_the_remedy(tmp_path):
-    with pytest.raises(UserError, match=r"results\.json is not there.*safemoe run"):
+    place = re.escape(str(tmp_path / "evaluation" / "results.json"))
+    with pytest.raises(
+        UserError, match=rf"^{place} is not there.*safemoe run` makes all .* workdir$"
+    ):
         write_report([tmp_path])
 
 

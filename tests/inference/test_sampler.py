@@ -192,7 +192,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
 
 @pytest.mark.parametrize("length", [0, SPEC.max_positions - NEW + 1])
 def test_a_prompt_without_room_is_the_users_mistake(length):
-    message = f"prompt 1 has {length} tokens; with 8 new ones it must have between 1 and 120"
+    message = f"prompt 1 has {length} tokens and 8 new ones are asked for; the base reads 128: give"
     with pytest.raises(UserError, match=message):
         generate([PROMPTS[0], prompt(length)])
 
