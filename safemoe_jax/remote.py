@@ -87,7 +87,7 @@ class Mirror:
         self._url, self._local, self._names = url, local, names
         self._system, self._remote = _open(url)
         self._pushed: dict[str, tuple[int, int]] = {}
-        self._pulled: dict[str, tuple[str, tuple[int, int]]] = {}
+        self._pulled: dict[str, tuple[str | None, tuple[int, int]]] = {}
 
     def path(self, *names: str) -> epath.Path:
         """A place in the remote directory, for what reads and writes there itself."""
