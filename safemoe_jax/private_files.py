@@ -5,6 +5,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import IO, Any
 
 from safemoe_jax.errors import UserError
 
+LOCK = "lock"  # held in a directory while a process works in it
+# Hidden names end so: what is not whole yet, and a whole directory that steps aside for it.
+NEW, OLD = ".new", ".old"
+_ASIDE = re.compile(rf"\.(.+)\.\w+\{OLD}")
 # What flock says where there are no locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -57,7 +63,7 @@ def replacing(
       binary: bytes instead of UTF-8 text.
     """
     place = path.parent if scratch is None else scratch
-    descriptor, part = tempfile.mkstemp(".new", f".{path.name}.", place)
+    descriptor, part = tempfile.mkstemp(NEW, f".{path.name}.", place)
     try:
         with os.fdopen(descriptor, *(("wb",) if binary else ("w", -1, "utf-8"))) as file:
             yield file
@@ -68,9 +74,38 @@ def replacing(
         raise
 
 
-def left_by_kills(directory: Path) -> list[Path]:
-    """What `replacing` had begun in a directory when its process was killed."""
-    return sorted(directory.glob(".*.new"))
+def is_unfinished(name: str) -> bool:
+    """Whether `replacing` or an artefact's writer has begun it, or it has stepped aside for it."""
+    return (name.startswith(".") and name.endswith(NEW)) or bool(_ASIDE.fullmatch(name))
+
+
+def clear_unfinished(directory: Path) -> None:
+    """Removes what killed processes have left in a directory, or anywhere below it.
+
+    What has stepped aside for a new one that never came goes back to its place. No link is
+    followed, and no directory is entered that has a lock of its own.
+
+    Args:
+      directory: this process holds its lock.
+    """
+    for place, directories, files in os.walk(directory):
+        here = Path(place)
+        if here != directory and LOCK in files:
+            directories.clear()
+            continue
+        for name in filter(is_unfinished, [*directories, *files]):
+            _clear(here / name)
+        directories[:] = [name for name in directories if not is_unfinished(name)]
+
+
+def _clear(path: Path) -> None:
+    aside = _ASIDE.fullmatch(path.name)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif aside and not path.with_name(aside[1]).exists():
+        path.rename(path.with_name(aside[1]))
+    else:
+        shutil.rmtree(path)
 
 
 def replace_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

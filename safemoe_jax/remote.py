@@ -16,6 +16,7 @@ from etils import epath
 
 from safemoe_jax.errors import Unreachable, UserError, refused_by_the_machine
 from safemoe_jax.fetch import cache_dir, file_sha256
+from safemoe_jax.private_files import is_unfinished
 
 
 def is_remote(place: str) -> bool:
@@ -86,6 +87,7 @@ class Mirror:
         self._url, self._local, self._names = url, local, names
         self._system, self._remote = _open(url)
         self._pushed: dict[str, tuple[int, int]] = {}
+        self._pulled: dict[str, tuple[str | None, tuple[int, int]]] = {}
 
     def path(self, *names: str) -> epath.Path:
         """A place in the remote directory, for what reads and writes there itself."""
@@ -93,23 +95,28 @@ class Mirror:
         return epath.Path(self._remote if local else self._url.rstrip("/")).joinpath(*names)
 
     def pull(self) -> None:
-        """Makes the local copy what the remote is.
+        """Makes the local copy what the remote is; what has not changed is not read again.
 
         Raises:
           UserError: where the remote cannot be read.
         """
         with _reached(self._url, "read"):
-            found = self._remote_files(self._names)
+            found = set(filter(_is_whole, self._remote_files(self._names)))
             for name in self._local_files(self._names) - found:
                 (self._local / name).unlink()
             for name in found:
-                target = self._local / name
-                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._system.get_file(f"{self._remote}/{name}", str(target))
-                self._pushed[name] = _stamp(target)
+                target, source = self._local / name, f"{self._remote}/{name}"
+                version = _version(self._system, self._url, source)
+                here = _stamp(target) if target.exists() else None
+                if version is None or self._pulled.get(name) != (version, here):
+                    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    self._system.get_file(source, str(target))
+                    self._pushed[name] = _stamp(target)
+                    self._pulled[name] = version, self._pushed[name]
 
     def push(self, *names: str) -> None:
-        """Makes the remote what the local copy is; what has not changed is not sent again.
+        """Makes the remote what the local copy is; what has not changed is not sent again, and what
+        is not whole never.
 
         Args:
           names: those of the mirrored entries that are sent; all if none is given.
@@ -132,7 +139,7 @@ class Mirror:
 
     def _local_files(self, names: Sequence[str]) -> set[str]:
         found = (path for name in names for path in _files(self._local / name))
-        return {str(path.relative_to(self._local)) for path in found}
+        return set(filter(_is_whole, (str(path.relative_to(self._local)) for path in found)))
 
     def _remote_files(self, names: Sequence[str]) -> set[str]:
         self._system.invalidate_cache()
@@ -164,6 +171,10 @@ def _files(path: Path) -> list[Path]:
     """Itself or all in it, but for links, as W&B has to its newest run."""
     found = [path] if path.is_file() else path.rglob("*")
     return [file for file in found if file.is_file() and not file.is_symlink()]
+
+
+def _is_whole(name: str) -> bool:
+    return not any(map(is_unfinished, Path(name).parts))
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from safemoe_jax.config import Config, to_dict
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import cache_dir
 from safemoe_jax.parallel.hosts import all_agree, first_says, is_first, wait_for_all
-from safemoe_jax.private_files import left_by_kills, lock, replacing
+from safemoe_jax.private_files import LOCK, clear_unfinished, is_unfinished, lock, replacing
 from safemoe_jax.remote import Mirror, is_remote
 
 # What may differ between two commands in one directory. A mesh decides where numbers are computed,
@@ -71,7 +71,7 @@ class Workdir:
                 self._refuse_what_is_no_run()
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.root.chmod(0o700)
-            self._lock = (self.root / "lock").open("a")
+            self._lock = (self.root / LOCK).open("a")
         except OSError as error:
             raise UserError(
                 f"cannot write to --workdir {self.root} ({error.strerror}); give another --workdir"
@@ -182,8 +182,8 @@ class Workdir:
         # First what is there, then of what kind it is: another host may begin the run meanwhile.
         listed = set(self.root.iterdir())
         # Where a run was killed as it began there is the lock, and perhaps half a config.json.
-        known = {self.root / "lock", *left_by_kills(self.root)}
-        others = sorted(path.name for path in listed - known)
+        names = {path.name for path in listed} - {LOCK}
+        others = sorted(name for name in names if not is_unfinished(name))
         if others and not (self.root / "config.json").exists():
             raise UserError(
                 f"--workdir {self.root} holds {others[0]!r} and no config.json, so it is no run's; "
@@ -197,8 +197,7 @@ class Workdir:
             raise UserError(
                 f"another process is working in {self.root}; wait for it, or give another --workdir"
             ) from None
-        for scratch in left_by_kills(self.root):
-            scratch.unlink()
+        clear_unfinished(self.root)
         values = json.loads(json.dumps(to_dict(self._config)))
         path = self.root / "config.json"
         if path.exists():

@@ -63,6 +63,43 @@ def test_a_mirror_carries_files_both_ways_and_forgets_what_is_gone(tmp_path):
     assert str(first.path("experts", "checkpoints")) == f"{remote}/experts/checkpoints"
 
 
+def test_a_mirror_reads_again_what_has_changed_alone(tmp_path, monkeypatch):
+    here, remote, read_files = tmp_path / "here", tmp_path / "remote", []
+    get_file = LocalFileSystem.get_file
+
+    def noting(self, source, target, **rest):
+        read_files.append(str(Path(source).relative_to(remote)))
+        get_file(self, source, target, **rest)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", noting)
+    write(remote, {"metrics.jsonl": "1", "bundle/a": "a", "bundle/b": "b"})
+    mirror = Mirror(f"file://{remote}", here, NAMES)
+    mirror.pull()
+    assert sorted(read_files) == ["bundle/a", "bundle/b", "metrics.jsonl"]
+    write(remote, {"metrics.jsonl": "12"})
+    (here / "bundle" / "a").unlink()
+    write(here, {"bundle/b": "of this host"})
+    for expected in (["bundle/a", "bundle/b", "metrics.jsonl"], []):
+        read_files.clear()
+        mirror.pull()
+        assert sorted(read_files) == expected
+        assert read(here) == read(remote)
+    write(remote, {"bundle/b": "bb"})
+    mirror.pull()
+    assert read_files == ["bundle/b"]
+
+
+def test_a_mirror_never_carries_what_is_not_whole(tmp_path):
+    here, there, remote = tmp_path / "here", tmp_path / "there", tmp_path / "remote"
+    unfinished = {"bundle/.card.k1ll3d_8.new": "x", "bundle/.a.k1ll3d_8.old/weights": "x"}
+    write(here, {"bundle/a": "a", **unfinished})
+    write(remote, unfinished)  # as it was pushed once
+    Mirror(f"file://{remote}", there, NAMES).pull()
+    assert not there.exists()
+    Mirror(f"file://{remote}", here, NAMES).push()
+    assert read(remote) == {"bundle/a": "a"}
+
+
 @pytest.mark.parametrize(
     ("host", "here"),
     [

@@ -111,6 +111,40 @@ def test_a_run_killed_as_it_began_is_taken_up(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock", "run.json"}
 
 
+def test_what_kills_have_left_goes_and_what_stepped_aside_comes_back(tmp_path):
+    """Copies of hazardous weights and answers are among it."""
+    root, other = tmp_path / "run", tmp_path / "other"
+    visit(root)
+    files = {
+        "evaluation/.answers.jsonl.k1ll3d_8.new": "cut",
+        ".bundle.k1ll3d_8.new/experts.safetensors": "cut",
+        "controls/.experts_safe.k1ll3d_8.new/weights.safetensors": "cut",
+        "controls/.safe_lora.k1ll3d_8.old/weights.safetensors": "whole",
+        ".bundle.k1ll3d_8.old/experts.safetensors": "old",
+        "bundle/experts.safetensors": "new",
+        "evaluation/.hidden.old": "of the user",
+        "runs/another/.bundle.at_w0rk_.new/experts.safetensors": "growing",
+        "runs/another/lock": "",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    other.mkdir()
+    (other / "kept").write_text("kept")
+    for name in (".link.k1ll3d_8.new", ".link.k1ll3d_8.old"):
+        (root / name).symlink_to(other)
+    visit(root)
+    left = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert left == {
+        *("config.json", "lock", "run.json", "bundle/experts.safetensors"),
+        *("controls/safe_lora/weights.safetensors", "evaluation/.hidden.old"),
+        *("runs/another/.bundle.at_w0rk_.new/experts.safetensors", "runs/another/lock"),
+    }
+    assert (root / "bundle" / "experts.safetensors").read_text() == "new"
+    assert [path for path in root.iterdir() if path.is_symlink()] == []
+    assert (other / "kept").read_text() == "kept"
+
+
 def test_another_host_may_begin_the_run_meanwhile(tmp_path, monkeypatch):
     root, listing = tmp_path / "run", Path.iterdir
 

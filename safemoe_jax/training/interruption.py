@@ -1,6 +1,5 @@
 """SIGTERM, Ctrl-C and the cloud's notices become one answer that all processes read alike."""
 
-import http.client
 import os
 import signal
 import threading
@@ -12,6 +11,7 @@ from types import FrameType
 import jax
 import jax.numpy as jnp
 import numpy as np
+import requests
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from safemoe_jax.parallel.sharding import replicated
@@ -101,15 +101,16 @@ def _metadata_server() -> str | None:
 
 
 def _poll(server: str, note: Callable[[], None], over: threading.Event) -> None:
-    while not over.wait(_SECONDS_BETWEEN_POLLS):
-        for key, ending in _NOTICES.items():
-            try:
-                connection = http.client.HTTPConnection(server, timeout=5)
-                path = f"/computeMetadata/v1/instance/{key}"
-                connection.request("GET", path, headers={"Metadata-Flavor": "Google"})
-                found = connection.getresponse().read().decode().strip()
-            except (OSError, http.client.HTTPException):
-                continue  # the server is away for moments; the next poll asks again
-            if found == ending:
-                note()
-                return
+    with requests.Session() as session:
+        session.trust_env = False  # the server is on this machine: no proxy knows it
+        session.headers["Metadata-Flavor"] = "Google"
+        while not over.wait(_SECONDS_BETWEEN_POLLS):
+            for key, ending in _NOTICES.items():
+                url = f"http://{server}/computeMetadata/v1/instance/{key}"
+                try:
+                    found = session.get(url, timeout=5).text.strip()
+                except requests.RequestException:
+                    continue  # the server is away for moments; the next poll asks again
+                if found == ending:
+                    note()
+                    return

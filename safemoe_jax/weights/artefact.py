@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import file_digest
+from safemoe_jax.private_files import NEW, OLD
 from safemoe_jax.weights import encryption
 
 MANIFEST = "manifest.json"
@@ -70,11 +71,12 @@ def new_artefact(
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # mkdtemp gives mode 0700, and beside its destination the last step is a rename.
-        scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+        scratch = Path(tempfile.mkdtemp(NEW, f".{directory.name}.", directory.parent))
     except OSError as error:
         raise UserError(
             f"cannot write to {directory} ({error.strerror}); give another path"
         ) from error
+    aside = scratch.with_suffix(OLD)
     try:
         yield scratch
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
@@ -95,7 +97,6 @@ def new_artefact(
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in scratch.rglob("*"):
             path.chmod(0o700 if path.is_dir() else 0o600)
-        aside = scratch.with_name(f"{scratch.name}.old")
         if directory.exists():
             # A directory cannot be renamed over a full one: the old one steps aside first.
             os.rename(directory, aside)
@@ -103,6 +104,8 @@ def new_artefact(
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        if aside.exists() and not directory.exists():
+            os.rename(aside, directory)
         raise
 
 

@@ -18,6 +18,8 @@ from safemoe_jax.errors import UserError
 from safemoe_jax.loaded import on_devices
 from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
+from safemoe_jax.private_files import clear_unfinished
+from safemoe_jax.weights import artefact
 from safemoe_jax.weights.artefact import manifest_digest
 from safemoe_jax.weights.base import BaseIdentity, load_base
 from safemoe_jax.weights.bundle import non_commercial, read_bundle, write_bundle
@@ -189,6 +191,28 @@ def test_failed_write_leaves_the_old_one(bundle, base, tmp_path):
         write_bundle(bundle, base=base, config=config(), provenance={}, **broken)
     assert read_bundle(bundle, None).manifest["provenance"] == {"commit": "abc123"}
     assert list(tmp_path.iterdir()) == [bundle]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_ends_between_two_renames_keeps_the_old_one(bundle, base, monkeypatch, killed):
+    rename, calls = os.rename, []
+
+    def ending(source, target):
+        calls.append(source)
+        if len(calls) == 2 or (killed and len(calls) > 2):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", ending)
+    if killed:  # nothing is tidied up
+        monkeypatch.setattr(artefact.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        write_bundle(bundle, base=base, config=config(), provenance={}, **trees(base, config()))
+    monkeypatch.undo()
+    assert calls[0] == bundle and bundle.exists() != killed
+    clear_unfinished(bundle.parent)
+    assert read_bundle(bundle, None).manifest["provenance"] == {"commit": "abc123"}
+    assert list(bundle.parent.iterdir()) == [bundle]
 
 
 def append(path):
