@@ -22,8 +22,9 @@ import numpy as np
 from safemoe_jax.config import EvaluationConfig
 from safemoe_jax.data.chat import ChatFormat, said
 from safemoe_jax.evaluation import metrics
-from safemoe_jax.evaluation.benchmarks import BENIGN, GSM8K, HELD_OUT, Prompt
+from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.gates import gate_statistics
+from safemoe_jax.evaluation.prompt_sets import BENIGN, GSM8K, HELD_OUT
 from safemoe_jax.evaluation.verdicts import Judge, Verdict, judged
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.parallel.hosts import is_first
