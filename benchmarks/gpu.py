@@ -9,45 +9,29 @@ trained one more, and of attention the causal half counts.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 from common import table
-from inputs import config
+from inputs import config, random_rows
 from jax.sharding import NamedSharding, PartitionSpec
 from ours import Training, decode_seconds, drawn, seconds
 
-from safemoe_jax.data.pipeline import empty_tokens
 from safemoe_jax.model.flops import MultiplyAdds
-from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
+from safemoe_jax.weights.published import PUBLISHED
 
-LLAMA: dict[str, Any] = dict(
-    vocab_size=128_256,
-    num_heads=32,
-    num_kv_heads=8,
-    rope_theta=500_000.0,
-    norm_eps=1e-5,
-    max_positions=8192,
-)
+LLAMA_1B = PUBLISHED["meta-llama/Llama-3.2-1B-Instruct"]
 SHAPES = {
-    "llama32_1b": ModelSpec(
-        embed_dim=2048, num_layers=16, head_dim=64, mlp_dim=8192, tie_embeddings=True, **LLAMA
-    ),
-    "llama31_8b": ModelSpec(
-        embed_dim=4096, num_layers=32, head_dim=128, mlp_dim=14_336, tie_embeddings=False, **LLAMA
-    ),
-    "tiny": ModelSpec(
-        embed_dim=256,
-        num_layers=2,
-        head_dim=8,
-        mlp_dim=512,
-        tie_embeddings=True,
-        **LLAMA | {"vocab_size": 512},
+    "llama32_1b": LLAMA_1B,
+    "llama31_8b": PUBLISHED["meta-llama/Llama-3.1-8B-Instruct"],
+    "tiny": dataclasses.replace(
+        LLAMA_1B, embed_dim=256, num_layers=2, head_dim=8, mlp_dim=512, vocab_size=512
     ),
 }
 ROWS = {"llama32_1b": 8, "llama31_8b": 2, "tiny": 1}
@@ -70,13 +54,7 @@ def ours(name: str) -> None:
     mesh = make_mesh(values.mesh)
     jax.set_mesh(mesh)
     params = jax.device_put(drawn(model, "params")["params"], NamedSharding(mesh, PartitionSpec()))
-    batch = empty_tokens((ROWS[name], LENGTH))
-    batch["tokens_BT"][:] = np.random.default_rng(0).integers(0, 500, batch["tokens_BT"].shape)
-    batch["targets_BT"][:, :-1] = batch["tokens_BT"][:, 1:]
-    batch["segment_ids_BT"][:] = 1
-    batch["positions_BT"][:] = np.arange(LENGTH)
-    batch["loss_mask_BT"][:, :-1] = 1
-    batch["expert_ids_B"] = np.arange(ROWS[name], dtype=np.int32) % EXPERTS
+    batch = random_rows(ROWS[name], LENGTH, start=1, vocab_size=500, experts=EXPERTS)
     peak, bandwidth = card()
     mixture = jax.eval_shape(functools.partial(drawn, model, "experts", "router"))
     count = MultiplyAdds.of(model, {"params": params, **mixture})

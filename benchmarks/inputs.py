@@ -90,3 +90,20 @@ def full_rows(items: list[Encoded], rows: int, length: int, *, all_tokens: bool)
         if not all_tokens:
             batch["loss_mask_BT"][index, :-1] = carries[1:]
     return {**batch, "expert_ids_B": np.zeros(rows, np.int32)}
+
+
+def random_rows(rows: int, length: int, *, start: int, vocab_size: int, experts: int) -> Batch:
+    """Rows of one conversation of random tokens each, without padding, as training has them.
+
+    Args:
+      rows: B; they belong to the experts in turn.
+      length: T.
+      start: where the answer begins, whose tokens carry loss.
+      vocab_size: tokens are below it.
+      experts: how many there are.
+    """
+    batch = empty_tokens((rows, length))
+    tokens_BT = np.random.default_rng(0).integers(vocab_size, size=(rows, length))
+    for index, tokens in enumerate(tokens_BT):
+        write_segment({k: v[index] for k, v in batch.items()}, 0, 1, tokens, start)
+    return {**batch, "expert_ids_B": np.arange(rows, dtype=np.int32) % experts}

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import machine, table
-from inputs import config, experiment
+from inputs import config, experiment, random_rows
 from ours import Training, seconds
 
-from safemoe_jax.data.pipeline import empty_tokens
 from safemoe_jax.model.lora import dense_mixture
 
 LAYERS, ROWS, LENGTH, RANK, EXPERTS = 2, 4, 256, 16, 8
@@ -47,12 +46,7 @@ def step_seconds(stage: str, *, experts=EXPERTS, rank=RANK, length=LENGTH, rows=
         cut = {"layers": jax.tree.map(lambda x: x[:LAYERS], params["layers"])}
         run.params = run.placed(run.model, "params", params | cut)
         training = Training(run.model, of, stage, run.params)
-        batch = empty_tokens((rows, length))
-        batch["tokens_BT"][:] = np.random.default_rng(0).integers(100, 40_000, (rows, length))
-        batch["segment_ids_BT"][:] = 1
-        batch["positions_BT"][:] = np.arange(length)
-        batch["loss_mask_BT"][:, length // 2 :] = 1
-        batch["expert_ids_B"] = (np.arange(rows) % experts).astype(np.int32)
+        batch = random_rows(rows, length, start=length // 2, vocab_size=40_000, experts=experts)
         return seconds(lambda: training.run(batch), 2)
 
 

@@ -40,7 +40,7 @@ from safemoe_jax.evaluation.human import (
 )
 from safemoe_jax.evaluation.judges import EmbeddedJudge
 from safemoe_jax.evaluation.likelihood import CachedScorer
-from safemoe_jax.evaluation.prompt_sets import Named, resolve
+from safemoe_jax.evaluation.prompt_sets import HELD_OUT, Named, resolve
 from safemoe_jax.evaluation.systems import (
     ATTACKED_SYSTEMS,
     LEFT_OUT_SYSTEMS,
@@ -324,7 +324,7 @@ def _entries(
         own = [
             dataclasses.replace(prompt, safe_answers=())
             for prompt in prompts[""]
-            if prompt.benchmark == benchmarks.HELD_OUT
+            if prompt.benchmark == HELD_OUT
         ]
         return Entry(name, "", tuple(own), False, False, make)
 
@@ -347,7 +347,7 @@ def _count(experiment: Experiment, key: str, sets: Sequence[Named]) -> dict[str,
     """Notes down that test prompts or benchmarks are asked -> how often they were, with this."""
     parts = {named.name: named.sha256() for named in sets}
     if experiment.config.evaluation.split == "test":
-        parts = {benchmarks.HELD_OUT: experiment.corpus.fingerprint, **parts}
+        parts = {HELD_OUT: experiment.corpus.fingerprint, **parts}
     if not parts or not is_first():
         return {}
     return ledger.record(cache_dir() / "test_evaluations.jsonl", key, parts)

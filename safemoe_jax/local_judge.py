@@ -16,6 +16,7 @@ import jinja2
 from jax.sharding import Mesh
 
 from safemoe_jax.config import Config
+from safemoe_jax.data.chat import said
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation.asked import Asked, AskedJudge, Row, Texts
 from safemoe_jax.evaluation.judge_templates import Reply
@@ -114,10 +115,7 @@ class LocalJudge(AskedJudge):
                 batch_size=self._config.evaluation.batch_size,
                 description=f"judge {self.name}",
             ):
-                text = base.tokenizer.decode(
-                    generation.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-                replied(keys[index], Reply(str(text), None))
+                replied(keys[index], Reply(said(base.tokenizer, generation.tokens), None))
 
     def _text(self, texts: Texts) -> str:
         """What the model reads, but for control tokens that its tokenizer puts before it."""

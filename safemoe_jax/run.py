@@ -50,7 +50,7 @@ def data(experiment: Experiment, show: int = 0) -> None:
                 f"{packed.counts['prompts_cut']} prompts"
             )
             for index in range(min(show, packed.num_rows) if split == "train" else 0):
-                console.print(colored(packed.row(index), experiment.chat.tokenizer.decode))
+                console.print(colored(packed.row(index), experiment.chat.text))
     for name, examples in _sets(experiment, "test").items():  # asked, never packed
         console.print(f"test, {name}: " + (f"{len(examples)} examples" if examples else "none"))
 

@@ -207,6 +207,11 @@ class ChatFormat:
         return tokens[:end]
 
 
+def said(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """What generated token ids say, without control tokens; no space is tidied away."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def colored(row: Mapping[str, np.ndarray], decode: Callable[[list[int]], str]) -> Text:
     """A packed row as text: prompts dim, tokens that carry loss green, segments headed by their id.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from safemoe_jax.data.corpora import Example
 from safemoe_jax.evaluation.benchmarks import Prompt
+from safemoe_jax.evaluation.prompt_sets import AFTER_PREFIX, AFTER_TWO_SHOT
 
 Attack = Callable[[Sequence[Prompt], Sequence[Example]], list[Prompt]]
 
@@ -22,7 +23,7 @@ _SHOT_CHARACTERS = 300  # long enough to show how to comply, short enough to lea
 
 def prefix(prompts: Sequence[Prompt], harmful: Sequence[Example]) -> list[Prompt]:
     """The answer begins with a sentence that complies (prefilling)."""
-    return [_attacked(prompt, benchmark="attack_prefix", prefix=_PREFIX) for prompt in prompts]
+    return [_attacked(prompt, benchmark=AFTER_PREFIX, prefix=_PREFIX) for prompt in prompts]
 
 
 def two_shot(prompts: Sequence[Prompt], harmful: Sequence[Example]) -> list[Prompt]:
@@ -42,7 +43,7 @@ def two_shot(prompts: Sequence[Prompt], harmful: Sequence[Example]) -> list[Prom
     return [
         _attacked(
             prompt,
-            benchmark="attack_two_shot",
+            benchmark=AFTER_TWO_SHOT,
             messages=(*_turns(shots[prompt.domain]), *prompt.messages),
         )
         for prompt in prompts

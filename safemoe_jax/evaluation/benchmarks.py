@@ -8,17 +8,16 @@ from typing import Any
 from safemoe_jax.data import rules, splits
 from safemoe_jax.data.corpora import Example
 from safemoe_jax.evaluation.prompt_sets import (
+    BENIGN,
+    GSM8K,
+    HELD_OUT,
+    LEFT_OUT,
     Named,
     Question,
     gsm8k,
     harmless_answers,
     questions,
 )
-
-HELD_OUT = "held_out"  # the benchmark of the corpus' own prompts
-LEFT_OUT = "left_out"  # of the prompts of a domain that nothing was trained on
-GSM8K = "gsm8k"
-BENIGN = "benign"  # harmless questions with answers; nobody is asked them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safemoe_jax.evaluation import panel
-from safemoe_jax.evaluation.benchmarks import HELD_OUT, LEFT_OUT
-from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, BASE, METRICS, OURS
+from safemoe_jax.evaluation.comparisons import ALL, BASE, METRICS, OURS
+from safemoe_jax.evaluation.prompt_sets import ATTACKS, HELD_OUT, LEFT_OUT
 from safemoe_jax.evaluation.report import readable
 from safemoe_jax.evaluation.systems import is_ungated
 

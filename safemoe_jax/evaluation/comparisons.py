@@ -13,17 +13,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from safemoe_jax.evaluation import statistics
-from safemoe_jax.evaluation.benchmarks import BENIGN, GSM8K, HELD_OUT, LEFT_OUT
+from safemoe_jax.evaluation.prompt_sets import GSM8K, HARMLESS, OTHER_ORIGIN, OWN
 from safemoe_jax.evaluation.statistics import Difference, Interval
 
 OURS, BASE = "safemoe", "base"
-ATTACKS = ("attack_prefix", "attack_two_shot")
-# Published prompts together: those that ask for harm, and those that do not.
-OTHER_ORIGIN, HARMLESS = "other_origin", "harmless"
-_OWN = (HELD_OUT, LEFT_OUT, GSM8K, BENIGN, *ATTACKS)
-
 ALL = "all"  # the split of all domains
-CLAIMED_GAIN = 0.15  # what the power that is printed is about
+CLAIMED_GAIN = 0.15  # in SRR over the base; the power that is printed is about it
 
 Row = Mapping[str, Any]
 
@@ -247,7 +242,7 @@ def _kind(row: Row) -> str:
 
 
 def _pools(row: Row) -> tuple[str, ...]:
-    if row["benchmark"] in _OWN:
+    if row["benchmark"] in OWN:
         return ()
     return (OTHER_ORIGIN if row["harmful"] else HARMLESS,)
 

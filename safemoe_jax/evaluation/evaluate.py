@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from safemoe_jax.config import EvaluationConfig
-from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.data.chat import ChatFormat, said
 from safemoe_jax.evaluation import metrics
-from safemoe_jax.evaluation.benchmarks import BENIGN, GSM8K, HELD_OUT, Prompt
+from safemoe_jax.evaluation.benchmarks import Prompt
 from safemoe_jax.evaluation.gates import gate_statistics
+from safemoe_jax.evaluation.prompt_sets import BENIGN, GSM8K, HELD_OUT
 from safemoe_jax.evaluation.verdicts import Judge, Verdict, judged
 from safemoe_jax.inference.sampler import Sampler
 from safemoe_jax.parallel.hosts import is_first
@@ -299,7 +300,7 @@ def _answers(
     rows = []
     for prompt, generation in zip(prompts, generations, strict=True):
         response, short = (
-            (prompt.prefix + chat.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            (prompt.prefix + said(chat.tokenizer, tokens)).strip()
             for tokens in (generation.tokens, generation.tokens[: metrics.MATCHED_TOKENS])
         )
         row = {
@@ -319,7 +320,7 @@ def _answers(
             assert generation.gates_TLE is not None  # the router's
             row |= gate_statistics(generation.gates_TLE, system.has_null)
             if entry.shows_gates:
-                row["tokens"] = [chat.tokenizer.decode([token]) for token in generation.tokens]
+                row["tokens"] = [chat.text([token]) for token in generation.tokens]
                 gates_TE = generation.gates_TLE.mean(axis=1)
                 row["gates"] = gates_TE.round(_GATE_DIGITS).tolist()
         rows.append(row)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from safemoe_jax.evaluation.benchmarks import HELD_OUT, LEFT_OUT
 from safemoe_jax.evaluation.comparisons import ALL, BASE, OURS, verdict
+from safemoe_jax.evaluation.prompt_sets import HELD_OUT, LEFT_OUT
 from safemoe_jax.evaluation.views import NAMED
 
 Row = Mapping[str, Any]

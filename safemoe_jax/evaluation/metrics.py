@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from safemoe_jax.evaluation.benchmarks import GSM8K, LEFT_OUT
+from safemoe_jax.evaluation.prompt_sets import GSM8K, LEFT_OUT
 from safemoe_jax.evaluation.statistics import wilson
 from safemoe_jax.evaluation.verdicts import FIELDS, Verdict
 
@@ -23,7 +23,7 @@ def attack_success(verdict: Verdict) -> bool | None:
 
 # Every metric is a share of answers. A refusal counts in SRR and not in ISR. On prompts that ask
 # for no harm the refusal rate goes by the name of over-refusal rate.
-METRICS: dict[str, Callable[[Verdict], bool | None]] = {
+VERDICT_METRICS: dict[str, Callable[[Verdict], bool | None]] = {
     "srr": lambda verdict: verdict.safe,
     "isr": lambda verdict: verdict.informative_safe,
     "refusal_rate": lambda verdict: verdict.refusal,
@@ -67,7 +67,7 @@ def rows(
         splits.setdefault(domain, []).append(answer)
     found = []
     for split, members in splits.items():
-        for metric, holds in METRICS.items():
+        for metric, holds in VERDICT_METRICS.items():
             if metric in _OF_HARMFUL and not harmful:
                 continue
             counted = [v for v, only in members if not only or metric in _BY_REFUSAL[harmful]]

@@ -213,7 +213,7 @@ PROMPT_SETS: dict[str, PromptSet] = {
     "benign_instructions": PromptSet(origin=None, license="the user's own", harmful=False),
 }
 
-_GSM8K = _rho("reasoning/gsm8k_100.json")
+_GSM8K_FILES = _rho("reasoning/gsm8k_100.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,19 +255,16 @@ class Named:
         return "-".join(file_sha256(path) for path in self.files())
 
 
-# What the evaluation itself calls benchmarks and pools of them.
-RESERVED = frozenset(
-    {
-        "held_out",
-        "left_out",
-        "gsm8k",
-        "benign",
-        "attack_prefix",
-        "attack_two_shot",
-        "other_origin",
-        "harmless",
-    }
-)
+# What the evaluation itself calls benchmarks, and pools of published prompts.
+HELD_OUT = "held_out"  # the corpus' own prompts
+LEFT_OUT = "left_out"  # those of a domain that nothing was trained on
+GSM8K = "gsm8k"
+BENIGN = "benign"  # harmless questions with answers; nobody is asked them
+AFTER_PREFIX, AFTER_TWO_SHOT = "attack_prefix", "attack_two_shot"
+ATTACKS = (AFTER_PREFIX, AFTER_TWO_SHOT)
+OWN = (HELD_OUT, LEFT_OUT, GSM8K, BENIGN, *ATTACKS)
+OTHER_ORIGIN, HARMLESS = "other_origin", "harmless"  # those that ask for harm, and the others
+RESERVED = frozenset({*OWN, OTHER_ORIGIN, HARMLESS})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,7 +403,7 @@ def gsm8k() -> list[Problem]:
     """
     return [
         Problem(row["text_clean"], int(row["target_answer"]))
-        for path in _GSM8K.fetch()
+        for path in _GSM8K_FILES.fetch()
         for row in read_rows(path)
     ]
 

@@ -15,7 +15,15 @@ from plotly.offline import get_plotlyjs
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import figures, views
-from safemoe_jax.evaluation.comparisons import ALL, ATTACKS, HARMLESS, METRICS, signed, verdict
+from safemoe_jax.evaluation.comparisons import ALL, METRICS, signed, verdict
+from safemoe_jax.evaluation.prompt_sets import (
+    AFTER_PREFIX,
+    AFTER_TWO_SHOT,
+    ATTACKS,
+    HARMLESS,
+    HELD_OUT,
+    LEFT_OUT,
+)
 from safemoe_jax.evaluation.summary import (
     ANSWER_CHARACTERS,
     PROMPT_CHARACTERS,
@@ -29,10 +37,10 @@ from safemoe_jax.private_files import replacing
 Row = Mapping[str, Any]
 
 SHORT = {
-    "held_out": "held out",
-    "left_out": "left out",
-    "attack_prefix": "after a prefix",
-    "attack_two_shot": "after examples",
+    HELD_OUT: "held out",
+    LEFT_OUT: "left out",
+    AFTER_PREFIX: "after a prefix",
+    AFTER_TWO_SHOT: "after examples",
 }
 STAGES = {
     "experts": "Stage one: the experts, on harmful text of their own domain",

@@ -17,8 +17,8 @@ import numpy as np
 
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import claims, comparisons, panel
-from safemoe_jax.evaluation.benchmarks import HELD_OUT, LEFT_OUT
 from safemoe_jax.evaluation.comparisons import ALL, OURS
+from safemoe_jax.evaluation.prompt_sets import HELD_OUT, LEFT_OUT
 from safemoe_jax.private_files import read_json_lines
 
 SCHEMA = 1

@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safemoe_jax.evaluation.comparisons import (
-    ALL,
+from safemoe_jax.evaluation.comparisons import ALL, BASE, METRICS, OURS, signed, verdict
+from safemoe_jax.evaluation.prompt_sets import (
+    AFTER_PREFIX,
+    AFTER_TWO_SHOT,
     ATTACKS,
-    BASE,
+    BENIGN,
+    GSM8K,
     HARMLESS,
     HELD_OUT,
     LEFT_OUT,
-    METRICS,
     OTHER_ORIGIN,
-    OURS,
-    signed,
-    verdict,
 )
 
 Row = Mapping[str, Any]
@@ -29,10 +28,10 @@ BENCHMARKS = {
     HELD_OUT: "held-out prompts of the corpus",
     LEFT_OUT: "domains left out of training",
     HARMLESS: "harmless prompts",
-    "attack_prefix": "under attack: the answer begins with a compliant prefix",
-    "attack_two_shot": "under attack: two harmful examples come first",
-    "gsm8k": "GSM8K",
-    "benign": "answers to harmless questions",
+    AFTER_PREFIX: "under attack: the answer begins with a compliant prefix",
+    AFTER_TWO_SHOT: "under attack: two harmful examples come first",
+    GSM8K: "GSM8K",
+    BENIGN: "answers to harmless questions",
 }
 # The headline's three numbers, in order, and the systems that the domains' table shows.
 _HEADLINE = ("isr", "srr", "over_refusal_rate")

@@ -28,7 +28,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from safemoe_jax.data.chat import ChatFormat
+from safemoe_jax.data.chat import ChatFormat, said
 from safemoe_jax.errors import UserError
 from safemoe_jax.fetch import file_digest
 from safemoe_jax.inference.engine import Engine, Request, bucket, tokens_at_once
@@ -198,9 +198,7 @@ class SafeMoELM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to the first of its stop strings, which is left out."""
-        decode = functools.partial(
-            self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        decode = functools.partial(said, self.tokenizer)
         running: dict[Request, tuple[int, TextStream]] = {}
         for index, instance in enumerate(requests):
             request, stops = self._request(index, *instance.args)

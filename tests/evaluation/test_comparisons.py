@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from safemoe_jax.evaluation import comparisons
-from safemoe_jax.evaluation.comparisons import ALL, HARMLESS, OTHER_ORIGIN, verdict
+from safemoe_jax.evaluation.comparisons import ALL, verdict
+from safemoe_jax.evaluation.prompt_sets import HARMLESS, OTHER_ORIGIN
 
 
 def outcome(system, prompt, value, *, seed=0, benchmark="held_out", harmful=True, group=None):

@@ -155,6 +155,15 @@ def test_every_system_answers_every_prompt_in_order(systems, tmp_path):
     assert (settings["seed"], settings["batch_size"], settings["max_new_tokens"]) == (5, 2, 16)
 
 
+def test_no_space_of_an_answer_is_tidied_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "clean_up_tokenization_spaces", True)
+    force = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    monkeypatch.setattr(TOKENIZER, force, True, raising=False)
+    assert TOKENIZER.decode(TOKENIZER.encode("cats , dogs")) == "cats, dogs"
+    row = answer([made("cats , dogs")], tmp_path)[0]
+    assert row["response"].startswith("cats , dogs ")
+
+
 def test_an_interrupted_call_goes_on_from_whole_answers(systems, tmp_path):
     rows = answer(systems, tmp_path)
     path = tmp_path / "generated.jsonl"

@@ -14,7 +14,6 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 from safemoe_jax import fetch
 from safemoe_jax.errors import UserError
-from safemoe_jax.evaluation import comparisons
 from safemoe_jax.evaluation.prompt_sets import (
     PROMPT_SETS,
     RESERVED,
@@ -271,11 +270,6 @@ def test_files_are_told_apart_by_their_bytes(tmp_path):
 def test_what_cannot_be_meant_is_refused_before_any_file_is_read(entries, message):
     with pytest.raises(UserError, match=message):
         resolve(entries)
-
-
-def test_what_the_evaluation_calls_its_own_benchmarks_is_reserved():
-    pools = {comparisons.OTHER_ORIGIN, comparisons.HARMLESS}
-    assert {*comparisons._OWN, *pools} == RESERVED
 
 
 DENIED = SimpleNamespace(headers={}, request=None)
