@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from inputs import experiment
 from jax.sharding import NamedSharding, PartitionSpec
@@ -28,12 +27,10 @@ STAGES = {
 
 def drawn(model: Transformer, *collections: str) -> dict[str, Any]:
     """Collections at random, with no zero among them: every expert takes part, as once trained."""
-    one = jnp.ones((1, 1), jnp.int32)
     key = jax.random.key(0)
 
     def make():
-        rngs = dict.fromkeys(("params", "experts", "router"), key)
-        tree = nn.unbox(model.init(rngs, one, one, one, one, Routed()))
+        tree = nn.unbox(model.initial(key))
         leaves, structure = jax.tree.flatten({name: tree[name] for name in collections})
         keys = jax.random.split(key, len(leaves))
         new = [

@@ -285,11 +285,12 @@ def call_of(path: Path, function: str) -> Any:
     )
 
 
-def freeze(values: ConfigDict | dict[str, Any]) -> Config:
+def freeze(values: ConfigDict | dict[str, Any], *, trained: bool = False) -> Config:
     """Checks an experiment's values and freezes them.
 
     Args:
       values: the ConfigDict of an experiment file, overrides applied.
+      trained: they are those of a bundle, whose training is over, however it was planned.
 
     Raises:
       UserError: on an unknown or missing key, a value of the wrong type, or values that contradict
@@ -298,6 +299,8 @@ def freeze(values: ConfigDict | dict[str, Any]) -> Config:
     plain = values.to_dict() if isinstance(values, ConfigDict) else values
     config = _build(Config, plain, "config")
     _check(config)
+    if not trained:
+        _check_training(config)
     return config
 
 
@@ -363,6 +366,21 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _check_training(config: Config) -> None:
+    for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
+        train, warmup = getattr(config.train, stage), getattr(config.optimizer, stage).warmup_steps
+        if warmup >= train.steps:
+            raise UserError(
+                f"config.optimizer.{stage}.warmup_steps is {warmup} and train.{stage}.steps "
+                f"{train.steps}; a warm-up must end before the training does"
+            )
+        if train.rows * streams % train.accumulation:
+            raise UserError(
+                f"a step's {train.rows * streams} rows cannot be cut into {train.accumulation} "
+                f"microbatches; choose train.{stage}.accumulation as a divisor of it"
+            )
+
+
 def _check(config: Config) -> None:
     """Rejects values that are well-typed and cannot work."""
     # From the first number on, and below the second.
@@ -403,18 +421,6 @@ def _check(config: Config) -> None:
         if not first <= value < end:
             below = f" and below {end}" if end < math.inf else ""
             raise UserError(f"config.{key} is {value}; it must be at least {first}{below}")
-    for stage, streams in (("experts", len(config.data.domains)), ("router", 1)):
-        train, warmup = getattr(config.train, stage), getattr(config.optimizer, stage).warmup_steps
-        if warmup >= train.steps:
-            raise UserError(
-                f"config.optimizer.{stage}.warmup_steps is {warmup} and train.{stage}.steps "
-                f"{train.steps}; a warm-up must end before the training does"
-            )
-        if train.rows * streams % train.accumulation:
-            raise UserError(
-                f"a step's {train.rows * streams} rows cannot be cut into {train.accumulation} "
-                f"microbatches; choose train.{stage}.accumulation as a divisor of it"
-            )
     if config.evaluation.top_p > 1:
         raise UserError(f"config.evaluation.top_p is {config.evaluation.top_p}; 1 keeps all")
 

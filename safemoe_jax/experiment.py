@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -18,7 +17,6 @@ from safemoe_jax.data.corpora import Corpus, Example, load_corpus
 from safemoe_jax.data.pipeline import PackedCorpus, encodable, pack
 from safemoe_jax.errors import UserError
 from safemoe_jax.model.flops import num_params
-from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.quantization import ParamDtype, largest_block
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
@@ -222,7 +220,7 @@ def model_sizes(spec: ModelSpec, rests: ParamDtype, whose: str) -> list[tuple[st
 @functools.cache
 def boxed_shapes(model: Transformer) -> Any:
     """Shapes of all three collections, boxed with their logical names; nothing is computed."""
-    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: model.initial(jax.random.key(0)))
 
 
 def init_shapes(model: Transformer) -> Any:
@@ -250,10 +248,4 @@ def _start(
     model: Transformer, collection: str, tx: optax.GradientTransformation, seed: int
 ) -> TrainState:
     begin = {"experts": init_expert_state, "router": init_router_state}[collection]
-    return begin(nn.unbox(_init(model, jax.random.key(seed))[collection]), tx)
-
-
-def _init(model: Transformer, key: jax.Array) -> Any:
-    one_BT = jnp.ones((1, 1), jnp.int32)
-    keys = dict(zip(("params", "experts", "router"), jax.random.split(key, 3), strict=True))
-    return model.init(keys, one_BT, one_BT, one_BT, one_BT, Routed())
+    return begin(nn.unbox(model.initial(jax.random.key(seed))[collection]), tx)

@@ -353,6 +353,15 @@ class Transformer(nn.Module):
         empty = Cache(kv, kv, sums, prompt_B=none, length_B=none)
         return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), empty, CACHE_AXES)
 
+    def initial(self, key: jax.Array) -> Any:
+        """The three collections as they begin, their leaves boxed with logical axis names.
+
+        The base is random, as only tests and shapes want it.
+        """
+        one_BT = jnp.ones((1, 1), jnp.int32)
+        keys = dict(zip(("params", "experts", "router"), jax.random.split(key, 3), strict=True))
+        return self.init(keys, one_BT, one_BT, one_BT, one_BT, Routed())
+
     @nn.compact
     def __call__(
         self,

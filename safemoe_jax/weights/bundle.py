@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import linen as nn
@@ -22,7 +21,6 @@ from safetensors import SafetensorError
 
 from safemoe_jax.config import Config, freeze, to_dict
 from safemoe_jax.errors import UserError
-from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.private_files import replacing
@@ -157,7 +155,7 @@ def read_bundle(directory: Path, base: BaseModel | None) -> Bundle:
         spec, identity = ModelSpec.from_dict(manifest["spec"]), BaseIdentity(**manifest["base"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{directory}/{MANIFEST} is damaged ({error}); make it again") from error
-    config = freeze(manifest["config"])
+    config = freeze(manifest["config"], trained=True)
     needed = [f"{name}.safetensors" for name in COLLECTIONS]
     contents = checked_files(directory, BUNDLE, manifest, needed)
     try:
@@ -211,11 +209,7 @@ def check_base(directory: Path, bundle: Bundle, base: BaseModel) -> None:
 def expected_leaves(config: Config, spec: ModelSpec) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Leaves of the collections that the model itself would make, by path."""
     model = Transformer.from_config(config, spec, attention="reference")
-    tokens = jnp.ones((1, 1), jnp.int32)
-    rngs = {name: jax.random.key(0) for name in ("params", *COLLECTIONS)}
-    shapes = jax.eval_shape(
-        lambda: nn.unbox(model.init(rngs, tokens, tokens, tokens, tokens, Routed()))
-    )
+    shapes = jax.eval_shape(lambda: nn.unbox(model.initial(jax.random.key(0))))
     return {name: flatten_dict(shapes[name], sep="/") for name in COLLECTIONS}
 
 

@@ -1,6 +1,5 @@
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -8,7 +7,6 @@ from jax.sharding import PartitionSpec
 from safemoe_jax.config import ExpertsConfig, MeshConfig, RouterConfig
 from safemoe_jax.model import lora
 from safemoe_jax.model import transformer as transformer_module
-from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.spec import ModelSpec
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.parallel.mesh import make_mesh
@@ -48,10 +46,7 @@ def transformer(scope: str, *, tied: bool) -> Transformer:
 
 def init(model: Transformer):
     """The three collections, their leaves boxed with logical axis names."""
-    one_BT = jnp.ones((1, 1), jnp.int32)
-    names = ("params", "experts", "router")
-    keys = dict(zip(names, jax.random.split(jax.random.key(0), 3), strict=True))
-    return model.init(keys, one_BT, one_BT, one_BT, one_BT, Routed())
+    return model.initial(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

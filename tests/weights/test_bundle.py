@@ -16,7 +16,6 @@ from flax import linen as nn
 from safemoe_jax.config import freeze
 from safemoe_jax.errors import UserError
 from safemoe_jax.loaded import on_devices
-from safemoe_jax.model.lora import Routed
 from safemoe_jax.model.transformer import Transformer
 from safemoe_jax.private_files import clear_unfinished
 from safemoe_jax.weights import artefact
@@ -87,7 +86,8 @@ def config(**router):
                 judge_rows=1,
                 demonstration=True,
             ),
-        )
+        ),
+        trained=True,  # as the golden bundle says, with a warm-up of all its steps
     )
 
 
@@ -98,12 +98,8 @@ def base():
 
 def trees(base, settings):
     """Random experts and router of the model's own shapes."""
-    tokens = np.ones((1, 1), np.int32)
-    rngs = {name: jax.random.key(0) for name in ("params", "experts", "router")}
     model = Transformer.from_config(settings, base.spec)
-    shapes = nn.unbox(
-        jax.eval_shape(lambda: model.init(rngs, tokens, tokens, tokens, tokens, Routed()))
-    )
+    shapes = nn.unbox(jax.eval_shape(lambda: model.initial(jax.random.key(0))))
     rng = np.random.default_rng(0)
     return {
         name: jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes[name])
