@@ -72,7 +72,7 @@ class Checkpoints:
         state, data = ocp.args.StandardRestore(shape), ocp.args.JsonRestore()
         try:
             identity = self._read(step, identity=ocp.args.JsonRestore())["identity"]
-            self._check_identity(identity)
+            self._check_identity(step, identity)
             found = self._read(step, state=state, data=data)
         except UserError:
             raise
@@ -80,17 +80,18 @@ class Checkpoints:
             if refused_by_the_machine(error):
                 raise  # it may be whole
             raise self._damaged(step, f"{type(error).__name__} in reading it") from error
-        # Older ones have no checksum.
-        if identity.get(_DIGEST) not in (None, _digest(found["state"], found["data"])):
+        if identity[_DIGEST] != _digest(found["state"], found["data"]):
             raise self._damaged(step, "its checksum is another")
         return found["state"], found["data"]
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def _check_identity(self, identity: dict[str, Any]) -> None:
+    def _check_identity(self, step: int, identity: dict[str, Any]) -> None:
+        if missing := sorted({*self._identity, _DIGEST} - set(identity)):
+            raise self._damaged(step, f"it does not say its {missing[0]}")
         for key, value in self._identity.items():
-            if identity.get(key, value) != value:  # older checkpoints know fewer keys
+            if identity[key] != value:
                 raise UserError(
                     f"{self._directory} holds a run with {key} {identity[key]!r}, this one has "
                     f"{value!r}; give another --workdir, or delete that directory"
