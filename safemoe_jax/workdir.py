@@ -53,7 +53,7 @@ class Workdir:
         """
         self._place, self._config = str(place), config
         self._mirror: Mirror | None = None
-        self.root = Path(place)
+        self.root = Path(place).expanduser()  # no shell does in --workdir=~/run
         if is_remote(self._place):
             name = hashlib.sha256(self._place.encode()).hexdigest()[:16]
             self.root = cache_dir() / "workdirs" / f"{name}-{jax.process_index()}"

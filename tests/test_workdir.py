@@ -189,7 +189,7 @@ def test_another_config_is_refused_and_named(tmp_path):
         f"{config().train.router.steps}, this one has 7; give another --workdir"
     )
     with pytest.raises(UserError, match=re.escape(message)):
-        visit(tmp_path, **{"train.router.steps": 7})
+        visit(tmp_path, **{"train.router.steps": 70})
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["train"]["router"]["steps"] == config().train.router.steps
     visit(tmp_path)

@@ -42,7 +42,7 @@ from safemoe_jax.remote import local_copy
 
 _ROWS = "rows"  # the one TFDS split; what a row may be used for is a feature
 # Raise it when what is stored for the same source and settings changes.
-_FORMATS = {"pyrit": 1, "beavertails": 3, "jsonl": 2}
+_FORMATS = {"pyrit": 1, "beavertails": 3, "jsonl": 3}
 # Why a row has no label; one from JSON lines always has.
 _UNDECIDED = {"pyrit": "score between safe and unsafe", "beavertails": "annotators disagree"}
 
@@ -395,9 +395,11 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
     rejects: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     prompts: dict[str, None] = {}
-    # Rows that differ in label or source alone are one: the first's place, domain and label.
-    first: dict[bytes, tuple[int, str, Label | None]] = {}
-    repeated: collections.defaultdict[bytes, list[Label | None]] = collections.defaultdict(list)
+    # Rows of one domain and text are one: the first's place and label.
+    first: dict[tuple[str, bytes], tuple[int, Label | None]] = {}
+    repeated: collections.defaultdict[tuple[str, bytes], list[Label | None]]
+    repeated = collections.defaultdict(list)
+    unsafe: set[bytes] = set()  # texts, in whatever domain
     place = -1
     with replacing(rejects_path) as file:
         for row in source.rows():
@@ -408,20 +410,26 @@ def _survey(source: Source, config: DataConfig, rejects_path: Path) -> _Survey:
             place += 1
             # Dropped rows' prompts are grouped, too: the splits do not depend on the settings.
             prompts[rules.fold(row.prompt)] = None
+            text = _digest(row)
+            if row.label == "unsafe":
+                unsafe.add(text)
             if reason := _drop_reason(row, config):
                 dropped[reason] += 1
-            elif (digest := _digest(row)) in first:
-                repeated[digest].append(row.label)
+            elif (row.domain, text) in first:
+                repeated[row.domain, text].append(row.label)
             else:
-                first[digest] = place, row.domain, row.label
-    for digest, labels in repeated.items():
-        if set(labels) == {first[digest][2]}:
+                first[row.domain, text] = place, row.label
+    for key, labels in repeated.items():
+        if set(labels) == {first[key][1]}:
             dropped["duplicate"] += len(labels)
         else:
             dropped["labelled both safe and unsafe"] += len(labels) + 1
-            del first[digest]
-    kept = frozenset(place for place, _, _ in first.values())
-    domains = collections.Counter(domain for _, domain, _ in first.values())
+            del first[key]
+    for key in [key for key, (_, label) in first.items() if label == "safe" and key[1] in unsafe]:
+        dropped["labelled safe here, and unsafe in another domain"] += 1
+        del first[key]
+    kept = frozenset(place for place, _ in first.values())
+    domains = collections.Counter(domain for domain, _ in first)
     reasons = {**{f"rejected: {key}": n for key, n in rejects.items()}, **dropped}
     counts = {"rows": place + 1 + rejects.total(), "kept": len(kept), "dropped": reasons}
     _check(counts, domains, config)
@@ -452,8 +460,8 @@ def _drop_reason(row: Row, config: DataConfig) -> str | None:
 
 
 def _digest(row: Row) -> bytes:
-    """Of what a label is about: two rows of one digest are one, or contradict each other."""
-    key = json.dumps([row.domain, row.messages, row.response])
+    """Of what is said, whatever it is called."""
+    key = json.dumps([row.messages, row.response])
     return hashlib.sha256(key.encode()).digest()
 
 

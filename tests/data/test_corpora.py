@@ -174,15 +174,23 @@ def test_rows_whose_labels_contradict_each_other_are_dropped(tmp_path):
         line("Ho?", label="unsafe"),
         line("Hi?", label="safe", response="No."),
         line("Hi?", label="unsafe", domain="pears"),
+        line("Hu?", label="unsafe", domain="plums"),
+        line("Hu?", label="safe"),
+        line("Ho?", label="unsafe", domain="pears"),
     ]
     path.write_text("\n".join(lines))
     corpus = load_corpus(config("jsonl", path, ("apples", "pears")), tmp_path / "data")
     assert corpus.counts == {
-        "rows": 7,
-        "kept": 3,
-        "dropped": {"labelled both safe and unsafe": 3, "duplicate": 1},
+        "rows": 10,
+        "kept": 4,
+        "dropped": {
+            "labelled both safe and unsafe": 3,
+            "duplicate": 1,
+            "domain not configured": 1,
+            "labelled safe here, and unsafe in another domain": 1,
+        },
     }
-    assert [example.id for example in corpus.examples] == [1, 5, 6]
+    assert [example.id for example in corpus.examples] == [1, 5, 6, 9]
 
 
 def test_a_changed_source_or_setting_is_built_anew(tmp_path):
