@@ -186,7 +186,7 @@ def test_another_config_is_refused_and_named(tmp_path):
     visit(tmp_path)
     message = (
         f"{tmp_path} holds a run with config.train.router.steps = "
-        f"{config().train.router.steps}, this one has 7; give another --workdir"
+        f"{config().train.router.steps}, this one has 70; give another --workdir"
     )
     with pytest.raises(UserError, match=re.escape(message)):
         visit(tmp_path, **{"train.router.steps": 70})
