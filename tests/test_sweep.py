@@ -42,11 +42,11 @@ def test_points_share_experts_where_the_router_alone_differs():
         {},
         {"router.top_k": 1},
         {"optimizer.router.learning_rate": 0.5},
-        {"train.router.steps": 7},
+        {"train.router.steps": 70},
     )
     assert len({point.name for point in same}) == 4
     assert len({point.experts for point in same}) == 1
-    others = points({"seed": 1}, {"experts.rank": 2}, {"train.experts.steps": 7})
+    others = points({"seed": 1}, {"experts.rank": 2}, {"train.experts.steps": 70})
     assert len({point.experts for point in [*same, *others]}) == 4
     assert others[1].experts_config == others[1].config
     assert same[1].experts_config == freeze(pyrit.get_config())
