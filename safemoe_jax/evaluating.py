@@ -13,7 +13,7 @@ import jax
 
 from safemoe_jax.config import to_dict
 from safemoe_jax.controls import Controls
-from safemoe_jax.data.corpora import load_judge_rows
+from safemoe_jax.data.judge_rows import load_judge_rows
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import benchmarks, ledger, metrics, panel
 from safemoe_jax.evaluation.asked import Asked, AskedJudge, parse_judges

@@ -13,7 +13,8 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from safemoe_jax.data.corpora import Example, JudgeRow
+from safemoe_jax.data.corpora import Example
+from safemoe_jax.data.judge_rows import JudgeRow
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import cues, examples
 from safemoe_jax.evaluation.agreement import against_labels
@@ -91,7 +92,7 @@ class EmbeddedJudge:
         """Fits on rows whose prompts train no model; the same rows and seed give the same judge.
 
         Args:
-          rows: `data.corpora.load_judge_rows`.
+          rows: `data.judge_rows.load_judge_rows`.
           scorer: the frozen base's likelihoods.
           likelihood_rows: rows that topic and language are learnt from; each costs some four short
             forward passes.

@@ -8,7 +8,8 @@ import pytest
 
 from safemoe_jax.config import DataConfig
 from safemoe_jax.data import corpora, rules, splits
-from safemoe_jax.data.corpora import load_corpus, load_judge_rows
+from safemoe_jax.data.corpora import load_corpus
+from safemoe_jax.data.judge_rows import load_judge_rows
 from safemoe_jax.data.sources import PyritSource, Reject, Row, pyrit_scores, pyrit_tables
 from safemoe_jax.errors import UserError
 

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from safemoe_jax.data.corpora import Example, JudgeRow
+from safemoe_jax.data.corpora import Example
+from safemoe_jax.data.judge_rows import JudgeRow
 from safemoe_jax.errors import UserError
 from safemoe_jax.evaluation import cues
 from safemoe_jax.evaluation.benchmarks import Prompt
