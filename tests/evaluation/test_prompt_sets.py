@@ -263,7 +263,7 @@ def test_files_are_told_apart_by_their_bytes(tmp_path):
         (("xstest", "xstest=x.csv"), "names 'xstest' twice"),
         *(
             ((f"harmful_instructions={name}.json",), f"benchmark '{name}', which is a name of the")
-            for name in (*RESERVED, "xstest_harmful")
+            for name in (*sorted(RESERVED), "xstest_harmful")
         ),
     ],
 )
