@@ -65,6 +65,7 @@ setup(
             "hypothesis>=6.140",
             "openai>=2",  # the server's tests speak to it as its users do
             "pytest-cov>=7",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
             "mypy>=2.4",
             "gcsfs>=2026.2",

@@ -27,4 +27,5 @@ cd "$ROOT"
 "$VENV/bin/python" -m ruff check
 "$VENV/bin/python" -m ruff format --check
 "$VENV/bin/python" -m mypy
-exec "$VENV/bin/python" -m pytest "$@"
+# Most of a test is compiling, on one core; --numprocesses 0 brings back -s and a debugger.
+exec "$VENV/bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import math
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
@@ -369,7 +370,10 @@ def _figures(job: Job, mesh: Mesh, topology: Topology) -> Figures:
 
 def compile_job(job: Job) -> jax.stages.Compiled:
     """A job's program for the devices that its arguments live on; the mesh must be set."""
-    return job.function.lower(*job.arguments).compile()
+    with warnings.catch_warnings():
+        # Where the user keeps compiled programs: what has no device cannot be read back.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        return job.function.lower(*job.arguments).compile()
 
 
 def _held(job: Job) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from experiments import pyrit
 from safemoe_jax import cli
@@ -121,6 +122,30 @@ def test_layers_are_gathered_one_at_a_time_and_counted_each(planned):
     kernels = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
     # Forward and backward, three of four parts come from the other devices.
     assert sent["all-gather"] > 2 * LAYERS * kernels * 3 / 4
+
+
+@pytest.fixture
+def kept_programs(tmp_path):
+    """JAX keeps compiled programs here, as with JAX_COMPILATION_CACHE_DIR."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def test_a_second_plan_does_not_warn_of_programs_that_it_cannot_read(topology, kept_programs):
+    for _ in range(2):
+        jax.clear_caches()
+        planning.plan(tiny_config(), SPEC, topology, ("decode",))
+    assert any(kept_programs.iterdir())
 
 
 def test_the_compilers_own_refusal_is_read(topology):
