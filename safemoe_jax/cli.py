@@ -303,7 +303,7 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
 
 
 def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from safemoe_jax import evaluating, run, stages
+    from safemoe_jax import stages
     from safemoe_jax.config import freeze, read_config
     from safemoe_jax.errors import UserError
     from safemoe_jax.experiment import Experiment
@@ -317,10 +317,18 @@ def _experiment_verb(arguments: argparse.Namespace, rest: Sequence[str]) -> None
     with Workdir(root, config) as workdir:
         experiment = Experiment(config, workdir, recording)
         verbs: dict[str, Callable[[], object]] = {
-            "fetch": lambda: run.fetch(experiment),
-            "data": lambda: run.data(experiment, arguments.show),
             "train-experts": lambda: stages.train_experts(experiment),
             "train-gate": lambda: stages.train_gate(experiment, arguments.keep_experts),
+        }
+        if arguments.verb in verbs:
+            verbs[arguments.verb]()
+            return
+        # Training alone does not wait for what judges and statistics import.
+        from safemoe_jax import evaluating, run
+
+        verbs = {
+            "fetch": lambda: run.fetch(experiment),
+            "data": lambda: run.data(experiment, arguments.show),
             "evaluate": lambda: evaluating.evaluate(
                 experiment, arguments.import_humans, arguments.export_for_humans
             ),
